@@ -1,4 +1,4 @@
-# Two commands set everything up on a machine with Python 3.11 or later and make:
+# Two commands set everything up on a machine with make and Python 3.11 or later, which the pinned versions need:
 #   make train     install, train an EM operator on point clouds, and write its table and figures to lightning_logs/
 #   make test      install, run the fast tests, then those marked slow
 # For developers:
@@ -69,7 +69,7 @@ fuzz: $(INSTALLED)
 projects: $(INSTALLED)
 	$(BIN)/python tests/projects/table.py $(ARGS)
 
-# The tests of the wheel run installed code, and measure time.
+# Without the tests of the wheel: they run installed code, which is not measured, and take times, which measuring changes.
 coverage: $(INSTALLED)
 	$(BIN)/python $(PYTEST) --ignore=tests/test_wheel.py --cov --cov-report=term \
 		--cov-report=json:.coverage.json $(ARGS)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+# From the dependencies of the core up to the extra `dev`, whose tools need not be the oldest.
 required = text[text.index("dependencies = [") : text.index("dev = [")]
 for name, version in re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)', required):
     print(f"{name}=={version}")

@@ -29,11 +29,13 @@ def mlp() -> nn.Sequential:
 class Step:
     """One training step of one variant."""
 
-    def __init__(self, swap: str | None = None, **em: object) -> None:
+    def __init__(self, swap: str | None = None, **layerwise_loss: object) -> None:
         self.model = mlp()
         if swap is not None:
             swap_activations(self.model, swap)
-        self.losses = LayerwiseLoss(self.model, nn.ReLU, **em) if em else None  # type: ignore[arg-type]
+        self.losses: LayerwiseLoss | None = None
+        if layerwise_loss:
+            self.losses = LayerwiseLoss(self.model, nn.ReLU, **layerwise_loss)  # type: ignore[arg-type]
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.x, self.y = torch.randn(1024, 512), torch.randint(10, (1024,))
 
@@ -53,11 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     torch.set_num_threads(parser.parse_args().threads)
-    moments = {"name": "em", "decorrelation": 0.0}
+    without_decorrelation = {"name": "em", "decorrelation": 0.0}
     steps = {
         "plain": Step(),
-        "LayerwiseEMLoss, free energy and variance": Step(loss=moments, weight=0.01),
-        "the same, weight='auto'": Step(loss=moments, weight="auto"),
+        "LayerwiseEMLoss, free energy and variance": Step(loss=without_decorrelation, weight=0.01),
+        "the same, weight='auto'": Step(loss=without_decorrelation, weight="auto"),
         "LayerwiseEMLoss, with decorrelation": Step(weight=0.01),
         "with decorrelation, every=4": Step(weight=0.01, every=4),
         "SwapActivations('signed')": Step(swap="signed"),
@@ -67,7 +69,7 @@ def main() -> None:
     times: dict[str, list[torch.Tensor]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            cycle = torch.tensor([step() for _ in range(4)])  # the longest cycle of every=
+            cycle = torch.tensor([step() for _ in range(4)])  # every=4 adds the loss in one of four steps
             times[name].append(cycle.mean(0))
     print(f"{'':45s} ms/step   ratio  ms of processor   ratio")
     plain = torch.stack(times["plain"])

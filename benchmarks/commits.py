@@ -1,6 +1,6 @@
 """One large set under this version and another one, in turns: seconds per iteration, memory, likelihood.
 
-    git worktree add ../old 1dff9ef
+    git worktree add ../old COMMIT
     python benchmarks/commits.py ../old                      1,000,000 x 16, K = 64, full and diagonal, one thread
     python benchmarks/commits.py ../old --items 100000 --threads 2
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES, COMPONENTS = 16, 64
-FEW, MANY = 1, 4
+FEW, MANY = 1, 4  # iterations of the two runs whose difference is timed
 
 
 def work():
@@ -45,7 +45,7 @@ def work():
         operator = EMOperator(COMPONENTS, FEATURES, covariance=kind, residual=False)
         clocks = []
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory
-        before = mib("VmRSS")
+        before = mib("VmRSS")  # resident memory now; VmHWM is its peak
         for iterations in (FEW, MANY):
             begin = time.perf_counter(), time.process_time()
             mixture = operator(x, init=start, num_iters=iterations)
@@ -89,9 +89,12 @@ def main():
                 result = json.loads(worker.stdout.readline())
                 if count:  # the first round allocates memory
                     found[name].append(result)
-        median = {n: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for n, rows in found.items()}
-        for name, row in median.items():
-            ratios = [median["other"][clock] / row[clock] for clock in ("wall", "processor")]
+        medians = {
+            name: {key: statistics.median(result[key] for result in results) for key in results[0]}
+            for name, results in found.items()
+        }
+        for name, row in medians.items():
+            ratios = [medians["other"][clock] / row[clock] for clock in ("wall", "processor")]
             print(f"| {kind} | {name} | {row['wall']:.3f} | {row['processor']:.3f} | {ratios[0]:.2f} | ", end="")
             print(f"{ratios[1]:.2f} | {row['mib']:.0f} | {row['score']:.5f} |", flush=True)
     for worker in workers.values():

@@ -34,19 +34,19 @@ from em_lightning.scope import curvature
 from em_lightning.studies import Findings, Report
 
 RECORDS = 20  # gradients are averaged over the first and over the last 20 measurements
-NEAR_BOUND = 0.499  # a curvature above this counts as saturated at 1/2
+NEAR_BOUND = 0.499  # a curvature above this (chosen) counts as saturated at 1/2
 PROBE_BATCH_SIZE = 256
-MAX_SCORED = 10_000  # items that are scored, and items of one forward pass of the report
+MAX_ITEMS = 10_000  # that are scored, and that one forward pass of the report takes
 DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
 KERNELS = {"relu": torch.relu, "softplus": functional.softplus}
 
 
 @dataclasses.dataclass
 class Arm:
-    """How networks are trained: weight of the EM losses, gradients stopped behind each layer, layers one by one.
+    """How networks are trained.
 
-    ``greedy`` trains layer l only in the l-th of equal parts of the epochs. ``activation`` passes on the excess energy
-    d + logsumexp(-d) instead of d.
+    ``weight`` is that of the EM losses. ``stop`` stops gradients behind each layer. ``greedy`` trains layer l only in
+    the l-th of equal parts of the epochs. ``activation`` passes on d + logsumexp(-d) instead of the energies d.
     """
 
     weight: float = 1.0
@@ -59,9 +59,10 @@ class StackedNetworks(EMModule):
     r"""R networks of L energy layers, one per learning rate and arm, trained at once on the same batches.
 
     Layer l computes :math:`d_l = \phi(W_l h_{l-1} + b_l)`, :math:`y_l = d_l + \log \sum_j e^{-d_{lj}}` and
-    :math:`h_l = \mathrm{norm}(y_l)`; the logits are :math:`\mathrm{LayerNorm}(V h_L + c)`. The loss of a run is
-    :math:`\mathrm{CE} + w \sum_l L_\mathrm{EM}(d_l)`. Runs have equal initial weights and batches, so their differences
-    are paired. Run r has learning rate ``rates[r // len(arms)]`` and arm ``r % len(arms)``.
+    :math:`h_l = \mathrm{norm}(y_l)` from the items :math:`h_0`. The logits are :math:`\mathrm{LayerNorm}(V h_L + c)`.
+    The loss of a run is the cross-entropy CE plus :math:`w \sum_l L_\mathrm{EM}(d_l)` with the weight w of its arm.
+    Runs have equal initial weights and batches, so their differences are paired. Run r has learning rate
+    ``rates[r // len(arms)]`` and arm ``r % len(arms)``.
 
     Args:
         arms: the arms by name, each an :class:`Arm` or a mapping of its fields.
@@ -147,7 +148,7 @@ class StackedNetworks(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lists: list[Any] = [*self.weights, *self.biases, self.gain, self.shift]
-        return [{"params": [each[i] for each in lists], "lr": rate} for i, rate in enumerate(self.rates)]
+        return [{"params": [of_rates[i] for of_rates in lists], "lr": rate} for i, rate in enumerate(self.rates)]
 
     def pass_on(self, energies: Tensor) -> Tensor:
         """Return the input (R, N, K) of the next layer for energies (R, N, K)."""
@@ -249,16 +250,13 @@ class StudyReport(Report):
         self.gradients: list[Any] = []  # (2, L, R) per measurement
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history and the gradients."""
         return {**super().state_dict(), "gradients": self.gradients}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history and the gradients."""
         super().load_state_dict(state_dict)
         self.gradients = state_dict["gradients"]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the gradients that the module measured in this step."""
         if pl_module.gradients is not None:
             self.gradients.append(pl_module.gradients.tolist())
 
@@ -268,37 +266,37 @@ class StudyReport(Report):
         epoch = trainer.current_epoch + 1
         if epoch % self.every == 0 or epoch == trainer.max_epochs:
             energies, _ = pl_module(self._scored(trainer.datamodule).x.to(pl_module.device))
-            free = [softmin(d).free_energy.mean(1).tolist() for d in energies]
-            measured = pl_module(trainer.datamodule.whole("train").x[: self.items].to(pl_module.device))[0]
-            curvatures = [curvature(softmin(d).responsibilities).mean(1).tolist() for d in measured]
-            self.history.append({"epoch": epoch, "free_energy": free, "curvature": curvatures})
+            free_energies = [softmin(d).free_energy.mean(1).tolist() for d in energies]
+            train_energies, _ = pl_module(trainer.datamodule.whole("train").x[: self.items].to(pl_module.device))
+            curvatures = [curvature(softmin(d).responsibilities).mean(1).tolist() for d in train_energies]
+            self.history.append({"epoch": epoch, "free_energy": free_energies, "curvature": curvatures})
 
     def _scored(self, data: Any) -> Tensors:
-        return Tensors(*(part[:MAX_SCORED] for part in data.whole(self.split)))
+        return Tensors(*(part[:MAX_ITEMS] for part in data.whole(self.split)))
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         """Score the probes and summarize the measurements."""
         data = trainer.datamodule
         train, scored = data.whole("train"), self._scored(data)
-        parts = [module(part.to(module.device))[0] for part in train.x.split(MAX_SCORED)]
+        parts = [energies for energies, _ in (module(x.to(module.device)) for x in train.x.split(MAX_ITEMS))]
         features = [torch.cat(layer, 1).cpu() for layer in zip(*parts, strict=True)]
         scored_features, logits = module(scored.x.to(module.device))
-        gradients = torch.tensor(self.gradients)
+        ratios, cosines = torch.tensor(self.gradients).unbind(1)  # (measurements, L, R) each
         columns: dict[str, Any] = {"accuracy %": 100 * (logits.cpu().argmax(-1) == scored.y).float().mean(1)}
         for i, d in enumerate(features):
-            other = scored_features[i].cpu()
-            raw, standardized = probes(d, train.y, other, scored.y, self.probe_epochs, self.probe_rate)
-            free = zip(*(row["free_energy"][i] for row in self.history), strict=True)
+            scored_d = scored_features[i].cpu()
+            raw, standardized = probes(d, train.y, scored_d, scored.y, self.probe_epochs, self.probe_rate)
+            free_energies = zip(*(row["free_energy"][i] for row in self.history), strict=True)
             of_layer = {
                 "probe %": 100 * raw,
                 "standardized %": 100 * standardized,
                 **layer_values(d[:, : self.items]),
-                "dead_units": (other.var(1) < DEAD_VARIANCE).sum(1).float(),
-                "variance": other.var(1).mean(1),
-                "ratio early": gradients[:RECORDS, 0, i].mean(0),
-                "ratio late": gradients[-RECORDS:, 0, i].mean(0),
-                "cosine": gradients[:, 1, i].mean(0),
-                "convergence": torch.tensor([self.history[converged(series)]["epoch"] for series in free]),
+                "dead_units": (scored_d.var(1) < DEAD_VARIANCE).sum(1).float(),
+                "variance": scored_d.var(1).mean(1),
+                "ratio early": ratios[:RECORDS, i].mean(0),
+                "ratio late": ratios[-RECORDS:, i].mean(0),
+                "cosine": cosines[:, i].mean(0),
+                "convergence": torch.tensor([self.history[converged(series)]["epoch"] for series in free_energies]),
             }
             prefix = f"layer {i + 1} " if len(features) > 1 else ""
             columns.update({prefix + name: values for name, values in of_layer.items()})

@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, e_step, m_step, prepare
 from em_lightning.mixture.e_step import Likelihood
 from em_lightning.operators.gradients import GRADIENTS
+
+LOW_FLOOR = 1e-10  # below the smallest variance of the data of ``accuracy``, 1e-8
+Seconds = namedtuple("Seconds", ["wall", "processor"])  # wall-clock and processor time of a call
+Usage = namedtuple("Usage", ["result", "seconds", "mib"])  # of a call; MiB: peak growth of resident memory
 
 
 def blobs(sets, items, features, components, spread=3.0):
@@ -37,7 +42,7 @@ def blobs(sets, items, features, components, spread=3.0):
 
 
 def medians(calls, repeats):
-    """Return the median seconds, and seconds of the processor, of each call; calls are interleaved, after a warm-up."""
+    """Return the median :class:`Seconds` of each call; calls are interleaved, after a warm-up."""
     clocks = time.perf_counter, time.process_time
     times = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -46,39 +51,40 @@ def medians(calls, repeats):
             call()
             if repeat:
                 times[name].append([clock() - start for clock, start in zip(clocks, begin, strict=True)])
-    return {name: [statistics.median(each) for each in zip(*values, strict=True)] for name, values in times.items()}
+    return {name: Seconds(*map(statistics.median, zip(*values, strict=True))) for name, values in times.items()}
 
 
-def sklearn_fit(x, start, b, iterations, kind):
-    """Fit scikit-learn's mixture to one set from the given start."""
+def sklearn_fit(x, start, *, index, iterations, covariance):
+    """Fit scikit-learn's mixture to the set ``x[index]`` from ``start[index]``."""
     from sklearn.mixture import GaussianMixture
 
-    covariance = start.covariances[b].double()
-    precisions = torch.linalg.inv(covariance) if kind == "full" else 1 / covariance
-    weights = start.weights[b].double().numpy()
+    initial = start.covariances[index].double()
+    precisions = torch.linalg.inv(initial) if covariance == "full" else 1 / initial
+    weights = start.weights[index].double().numpy()
     fit = GaussianMixture(
         start.means.shape[1],
-        covariance_type=kind,
+        covariance_type=covariance,
         max_iter=iterations,
         tol=0,
         weights_init=weights / weights.sum(),  # float32 weights do not sum to 1 as closely as scikit-learn requires
-        means_init=start.means[b].numpy(),
+        means_init=start.means[index].numpy(),
         precisions_init=precisions.to(x.dtype).numpy(),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fit.fit(x[b].numpy())
+        return fit.fit(x[index].numpy())
 
 
-def peak_of(call):
-    """Return the result of a call, its seconds, and the peak growth of resident memory in MiB (Linux)."""
+def usage_of(call):
+    """Run a call and return its :class:`Usage` (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, begin = _mib("VmRSS"), time.perf_counter()
     result = call()
-    return result, time.perf_counter() - begin, _mib("VmHWM") - before
+    return Usage(result, time.perf_counter() - begin, _mib("VmHWM") - before)
 
 
 def _mib(name):
+    """Return the resident memory, "VmRSS", or its peak, "VmHWM", of this process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
@@ -105,38 +111,33 @@ def clouds(options):
 
     def theirs(threads):
         with threadpool_limits(threads):
-            fits["scikit-learn"] = [sklearn_fit(x, start, b, iterations, "full") for b in range(few)]
+            arguments = {"iterations": iterations, "covariance": "full"}
+            fits["scikit-learn"] = [sklearn_fit(x, start, index=i, **arguments) for i in range(few)]
 
     calls = {}
     for threads in range(1, options.threads + 1):
         calls["em_lightning", threads] = lambda n=threads: ours(n)
         calls["scikit-learn", threads] = lambda n=threads: theirs(n)
     times = medians(calls, options.repeats)
-    for name, seconds in times.items():
-        if name[0] == "scikit-learn":
-            times[name] = [each * sets / few for each in seconds]
+    for (name, threads), seconds in times.items():
+        if name == "scikit-learn":
+            times[name, threads] = Seconds(*(value * sets / few for value in seconds))
     torch.set_num_threads(1)
     exact = operator(x.double(), init=start.to(torch.float64)).log_prob(x.double()).mean(1)
-    rows, best = [], min(times["scikit-learn", n][0] for n in range(1, options.threads + 1))
+    rows, fastest = [], min(times["scikit-learn", n].wall for n in range(1, options.threads + 1))
     for name, threads in calls:
         if name == "scikit-learn":
-            found = torch.tensor([fit.score(x[b].numpy()) for b, fit in enumerate(fits[name])])
+            scores = torch.tensor([fit.score(x[i].numpy()) for i, fit in enumerate(fits[name])])
         else:
-            found = fits[name].log_prob(x).double().mean(1)
-        seconds, of_processor = times[name, threads]
-        rows.append([name, threads, f"{seconds:.3f}", f"{best / seconds:.1f}", f"{of_processor:.3f}"])
-        rows[-1] += [f"{times['scikit-learn', 1][1] / of_processor:.1f}", f"{found[:few].mean():.6f}"]
-        rows[-1] += [f"{(found - exact[: len(found)]).abs().max():.1e}"]
+            scores = fits[name].log_prob(x).double().mean(1)
+        wall, processor = times[name, threads]
+        rows.append([name, threads, f"{wall:.3f}", f"{fastest / wall:.1f}", f"{processor:.3f}"])
+        rows[-1] += [f"{times['scikit-learn', 1].processor / processor:.1f}", f"{scores[:few].mean():.6f}"]
+        rows[-1] += [f"{(scores - exact[: len(scores)]).abs().max():.1e}"]
     title = f"{sets} clouds x {items} x 3, K = 16, full, {iterations} iterations, float32"
-    head = [
-        "",
-        "threads",
-        "seconds",
-        "speedup over the fastest scikit-learn",
-        "processor seconds",
-        "speedup, one thread",
-    ]
-    table(title, [*head, f"log-likelihood per point of {few} clouds", "largest error of a cloud against float64"], rows)
+    head = ["", "threads", "seconds", "speedup over the fastest scikit-learn", "processor seconds"]
+    head += ["speedup, one thread", f"log-likelihood per point of {few} clouds"]
+    table(title, [*head, "largest error of a cloud against float64"], rows)
     print("\nspeedup: over the fastest row of scikit-learn; in processor seconds, over scikit-learn with one thread")
 
 
@@ -151,17 +152,19 @@ def large(options):
         start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), spread)
         operator = EMOperator(components, features, num_iters=iterations, covariance=kind, residual=False)
         operator(x[:, :1000], init=start)  # warm-up: libraries allocate memory at first use
-        runs = [peak_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
-        seconds, used = statistics.median(run[1] for run in runs), max(run[2] for run in runs)
-        likelihood = runs[0][0].log_prob(x[:, :few]).mean()
+        runs = [usage_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
+        seconds, used = statistics.median(run.seconds for run in runs), max(run.mib for run in runs)
+        likelihood = runs[0].result.log_prob(x[:, :few]).mean()
         steps = 2 if kind == "full" else 6  # of scikit-learn, whose iteration is slow for full covariances
         early = operator(x, init=start, num_iters=steps).log_prob(x[:, :few]).mean()
-        calls = [lambda n=n, s=start, k=kind: sklearn_fit(x, s, 0, n, k) for n in (1, 1, steps)]
-        _, (_, one, _), (fit, more, their_mib) = (peak_of(call) for call in calls)  # the first call is a warm-up
-        theirs = (more - one) / (steps - 1)
+        calls = [
+            lambda n=n, s=start, k=kind: sklearn_fit(x, s, index=0, iterations=n, covariance=k) for n in (1, 1, steps)
+        ]
+        _, one, more = (usage_of(call) for call in calls)  # the first call is a warm-up
+        theirs = (more.seconds - one.seconds) / (steps - 1)
         rows.append([kind, f"{seconds / iterations:.3f}", f"{theirs:.2f}", f"{theirs * iterations / seconds:.1f}"])
-        rows[-1] += [f"{used:.0f}", f"{their_mib:.0f}", f"{likelihood:.5f}"]
-        rows[-1] += [f"{steps}: {early:.5f} / {fit.score(x[0, :few].numpy()):.5f}"]
+        rows[-1] += [f"{used:.0f}", f"{more.mib:.0f}", f"{likelihood:.5f}"]
+        rows[-1] += [f"{steps}: {early:.5f} / {more.result.score(x[0, :few].numpy()):.5f}"]
     head = ["s per iteration", "scikit-learn", "speedup", "extra MiB", "scikit-learn, MiB", "log-likelihood"]
     title = f"one set of {items:,} x {features}, K = {components}, {iterations} iterations, float32"
     table(title, ["", *head, "early, em_lightning / scikit-learn"], rows)
@@ -176,7 +179,7 @@ def starts(options):
     for init in ("random", "farthest", "kmeans++"):
         operator = EMOperator(components, features, init=init, residual=False)
         operator(x[:, :1000].clone(), num_iters=1)  # warm-up: libraries allocate memory at first use
-        rows.append([init, f"{peak_of(lambda o=operator: o(x, num_iters=0))[2]:.0f}"])
+        rows.append([init, f"{usage_of(lambda o=operator: o(x, num_iters=0)).mib:.0f}"])
     table(f"start on one set of {items:,} x {features}, K = {components}, full", ["init", "extra MiB"], rows)
 
 
@@ -225,7 +228,7 @@ def backward_of(call, x):
     return step
 
 
-def train(mode, iterations, steps):
+def train(mode, *, iterations, steps):
     """Return the log-likelihood per point after training the corrections with one gradient mode."""
     torch.manual_seed(1)
     x = blobs(16, 256, 3, 8, spread=1.5)
@@ -258,14 +261,14 @@ def gradients(options):
         else:
             memory |= {(name, iterations): peak_allocation(call) for name, call in steps.items()}
     times = medians(calls, options.repeats)
-    for name, (seconds, processor) in times.items():
+    for name, seconds in times.items():
         error = (calls[name]() - exact).norm() / exact.norm()
-        ratios = [own / other for own, other in zip(times["textbook einsum"], (seconds, processor), strict=True)]
-        part = memory["textbook einsum", 10] / memory[name, 10]
+        speedups = [other / own for other, own in zip(times["textbook einsum"], seconds, strict=True)]
+        saving = memory["textbook einsum", 10] / memory[name, 10]
         later = f"{memory[name, 40]:.1f}" if (name, 40) in memory else ""
-        reached = f"{train(name, 5, options.steps):.4f}" if name in GRADIENTS else ""
-        rows.append([name, f"{1e3 * seconds:.1f}", f"{ratios[0]:.1f}", f"{ratios[1]:.1f}"])
-        rows[-1] += [f"{memory[name, 10]:.1f}", f"{part:.0f}"]
+        reached = f"{train(name, iterations=5, steps=options.steps):.4f}" if name in GRADIENTS else ""
+        rows.append([name, f"{1e3 * seconds.wall:.1f}", *(f"{speedup:.1f}" for speedup in speedups)])
+        rows[-1] += [f"{memory[name, 10]:.1f}", f"{saving:.0f}"]
         rows[-1] += [later, f"{error:.1e}", reached]
     head = ["T = 10", "ms", "speedup", "speedup, processor", "peak MiB", "textbook / row", "MiB at T = 40"]
     title = f"forward + backward, {sets} clouds x {items} x 3, K = {components}, full, float32"
@@ -283,7 +286,7 @@ def gradients(options):
         step = backward_of(lambda p, o=operator, s=start: o(p, init=s), x)
         grad = step()
         reference = grad if reference is None else reference
-        seconds, _ = medians({mode: step}, options.repeats)[mode]
+        seconds = medians({mode: step}, options.repeats)[mode].wall
         rows.append([mode, f"{1e3 * seconds:.1f}", f"{(grad - reference).norm() / reference.norm():.1e}"])
     title = "converged loops: 4 clouds x 300 x 2, K = 3, full, T = 100, float64"
     table(title, ["", "ms", "error of the gradient against unrolled"], rows)
@@ -315,8 +318,8 @@ def scaling(options):
             operator = EMOperator(size["K"], 3, num_iters=size["T"], covariance_floor=0.1, residual=False)
             start = operator(x, num_iters=0)
             calls[value] = lambda o=operator, p=x, s=start: o(p, init=s)
-        seconds = [wall for wall, _ in medians(calls, options.repeats).values()]
-        slope = math.log(seconds[-1] / seconds[-3]) / math.log(values[-1] / values[-3])
+        seconds = [median.wall for median in medians(calls, options.repeats).values()]
+        slope = math.log(seconds[-1] / seconds[-3]) / math.log(values[-1] / values[-3])  # the last three: one decade
         rows.append([letter, *(f"{1e3 * s:.1f}" for s in seconds), f"{slope:.2f}"])
         axis.loglog(values, seconds, "o-")
         axis.loglog(values, [seconds[-1] * v / values[-1] for v in values], "--", color="0.6", label="linear")
@@ -333,7 +336,7 @@ def in_the_loop(x, start, iterations=20):
     parameters = points.frame.enter_parameters(start.to(torch.float64).parameters())
     for _ in range(iterations + 1):
         found = e_step(points, parameters, Likelihood(covariance), with_log_likelihood=True)
-        parameters = m_step(found, covariance, points.floor(1e-10), parameters.covariances)
+        parameters = m_step(found, covariance, points.floor(LOW_FLOOR), parameters.covariances)
     return (found.log_likelihood - points.log_volume() * points.mass) / points.mass
 
 
@@ -358,7 +361,7 @@ def accuracy(options):
     rows = []
     for name, points in data.items():
         x = points.float()
-        operator = EMOperator(8, 3, num_iters=20, residual=False, covariance_floor=1e-10)
+        operator = EMOperator(8, 3, num_iters=20, residual=False, covariance_floor=LOW_FLOOR)
         start = operator(x, num_iters=0)
         narrow = operator(x, init=start).log_prob(x)
         # The same float32 points in float64, so that the rounding of the data does not count.

@@ -44,7 +44,8 @@ SMALLEST_DISTANCE = 1e-2  # bound of c: |z| = 0 would give an infinite weight, a
 RIDGE = 1e-6  # relative to the mean of the diagonal of A_j, which is singular where pixels are constant
 MAX_HALVINGS = 30  # a step of 2^-30 is below the rounding of float32
 DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
-RATES = (1e-3, 1e-2, 1e-1, 1.0)
+ACTIVE_SHARE = 0.01  # a unit is active on an item if its energy exceeds this share (chosen) of the standard deviation
+RATES = (1e-3, 1e-2, 1e-1, 1.0)  # learning rates of SGD and Adam
 
 
 class Iteration(NamedTuple):
@@ -99,9 +100,10 @@ def iterate(weights: Tensor, x: Tensor, volume: EMLoss) -> Iteration:
             proposal = weights + step * direction
             reached = float(surrogate(proposal, x, responsibilities, volume))
             if reached <= before:
-                return Iteration(proposal, before, reached, float(objective(proposal, x, volume)), step)
+                after = float(objective(proposal, x, volume))
+                return Iteration(proposal, before, surrogate=reached, after=after, step=step)
             step /= 2
-    return Iteration(weights.detach(), before, before, before, 0.0)
+    return Iteration(weights.detach(), before, surrogate=before, after=before, step=0.0)
 
 
 def start(x: Tensor, num_components: int, seed: int) -> Tensor:
@@ -111,14 +113,14 @@ def start(x: Tensor, num_components: int, seed: int) -> Tensor:
     return torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
 
 
-class Path(NamedTuple):
-    """A fit: final weights, and (seconds, L) over training."""
+class Fit(NamedTuple):
+    """Final weights, and (seconds, L) over training."""
 
     weights: Tensor
     curve: list[tuple[float, float]]
 
 
-def explicit(weights: Tensor, x: Tensor, volume: EMLoss, seconds: float) -> Path:
+def explicit(weights: Tensor, x: Tensor, volume: EMLoss, seconds: float) -> Fit:
     """Iterate for some seconds of processor time, or until no step decreases the objective."""
     began, curve = time.process_time(), [(0.0, float(objective(weights, x, volume)))]
     while curve[-1][0] < seconds:
@@ -127,12 +129,12 @@ def explicit(weights: Tensor, x: Tensor, volume: EMLoss, seconds: float) -> Path
         curve.append((time.process_time() - began, found.after))
         if not found.step:
             break
-    return Path(weights, curve)
+    return Fit(weights, curve)
 
 
 def gradient_descent(
     weights: Tensor, x: Tensor, volume: EMLoss, seconds: float, name: str, rate: float, seed: int
-) -> Path:
+) -> Fit:
     """Train with batches of 128 for some seconds; evaluations of the objective are not counted."""
     used, curve = 0.0, [(0.0, float(objective(weights, x, volume)))]
     weights = weights.clone().requires_grad_()
@@ -147,9 +149,14 @@ def gradient_descent(
         used += time.process_time() - began
         with torch.no_grad():
             curve.append((used, float(objective(weights, x, volume))))
-        if not curve[-1][1] < float("inf"):
-            break
-    return Path(weights.detach(), curve)
+        if not math.isfinite(curve[-1][1]):
+            break  # diverged
+    return Fit(weights.detach(), curve)
+
+
+def final(fit: Fit) -> float:
+    """Return the objective at the end of a fit."""
+    return fit.curve[-1][1]
 
 
 def time_to(curve: list[tuple[float, float]], value: float) -> float:
@@ -182,39 +189,38 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
     """Return the rows of the table for one data set."""
     rows, volume = [], VOLUMES[options.volume]
     x, test_x = with_ones(train), with_ones(test)
-    paths: dict[str, list[Path]] = {}
+    fits: dict[str, list[Fit]] = {}
     for seed in range(options.seeds):
         first = start(x, options.components, seed)
-        paths.setdefault("explicit EM", []).append(explicit(first, x, volume, options.seconds))
+        fits.setdefault("explicit EM", []).append(explicit(first, x, volume, options.seconds))
         for optimizer in ("SGD", "Adam"):
             for rate in RATES:
-                path = gradient_descent(first, x, volume, options.seconds, optimizer, rate, seed)
-                paths.setdefault(f"{optimizer} {rate:g}", []).append(path)
-    targets = [path.curve[-1][1] for path in paths["explicit EM"]]
+                fit = gradient_descent(first, x, volume, options.seconds, optimizer, rate, seed)
+                fits.setdefault(f"{optimizer} {rate:g}", []).append(fit)
     best = {}
     for optimizer in ("SGD", "Adam"):
-        ends = {key: sum(p.curve[-1][1] for p in paths[key]) for key in paths if key.startswith(optimizer)}
+        ends = {key: sum(map(final, fits[key])) for key in fits if key.startswith(optimizer)}
         best[optimizer] = min(ends, key=lambda key: float("inf") if math.isnan(ends[key]) else ends[key])
-    sgd = [path.curve[-1][1] for path in paths[best["SGD"]]]
-    for key, found in paths.items():
-        ends = torch.tensor([path.curve[-1][1] for path in found])
-        features = [[energies(path.weights, part) for part in (x, test_x)] for path in found]
+    of_sgd, of_em = (list(map(final, fits[key])) for key in (best["SGD"], "explicit EM"))
+    for key, found in fits.items():
+        ends = torch.tensor(list(map(final, found)))
+        features = [[energies(fit.weights, part) for part in (x, test_x)] for fit in found]
         scores = [linear_probe(a, labels, b, test_labels) for a, b in features if a.isfinite().all()]
-        pairs = list(zip(paths["explicit EM"], found, strict=True))
-        walls = [barrier(em.weights, matched(em.weights, path.weights, x), x, volume) for em, path in pairs]
+        pairs = list(zip(fits["explicit EM"], found, strict=True))
+        barriers = [barrier(em.weights, matched(em.weights, fit.weights, x), x, volume) for em, fit in pairs]
         rows.append({
             "data": f"{name}, {options.volume}",
             "method": key + (" (best rate)" if key in best.values() else ""),
             "final objective": f"{ends.mean():.2f} ± {ends.std():.2f}",
-            "s to SGD's final objective": _mean([time_to(path.curve, v) for path, v in zip(found, sgd, strict=True)]),
-            "s to explicit EM's": _mean([time_to(path.curve, v) for path, v in zip(found, targets, strict=True)]),
-            "iterations or epochs": _mean([len(path.curve) - 1 for path in found]),
+            "s to SGD's final objective": _mean([time_to(fit.curve, v) for fit, v in zip(found, of_sgd, strict=True)]),
+            "s to explicit EM's": _mean([time_to(fit.curve, v) for fit, v in zip(found, of_em, strict=True)]),
+            "iterations or epochs": _mean([len(fit.curve) - 1 for fit in found]),
             "probe %": f"{100 * sum(scores) / len(scores):.2f}" if scores else "",
             "dead units": _mean([int((d.var(0) < DEAD_VARIANCE).sum()) for _, d in features]),
             "free energy": _mean([float(softmin(d).free_energy.mean()) for d, _ in features]),
-            "active units": _mean([float((d > 0.01 * d.std()).float().sum(1).mean()) for d, _ in features]),
+            "active units": _mean([float((d > ACTIVE_SHARE * d.std()).float().sum(1).mean()) for d, _ in features]),
             "kurtosis": _mean([float(((d - d.mean(0)) / d.std(0).clamp_min(1e-9)).pow(4).mean()) for d, _ in features]),
-            "barrier to explicit EM": _mean(walls),
+            "barrier to explicit EM": _mean(barriers),
         })  # fmt: skip
     return rows
 
@@ -234,15 +240,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of initial weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    digits = [Digits().whole(split) for split in ("train", "test")]
-    rows = compare("digits", digits[0].x, digits[0].y, digits[1].x, digits[1].y, options)
+    train, test = (Digits().whole(split) for split in ("train", "test"))
+    rows = compare("digits", train.x, train.y, test.x, test.y, options)
     if options.root:
         train, test = (MNIST(root=options.root).whole(split) for split in ("train", "test"))
         x, y = train.x[: options.items].flatten(1), train.y[: options.items]
         mean = x.mean(0)
         _, _, directions = torch.pca_lowrank(x - mean, options.features)
-        projected = [(part - mean) @ directions for part in (x, test.x.flatten(1))]
-        rows += compare("MNIST", projected[0], y, projected[1], test.y, options)
+        projected, test_projected = ((part - mean) @ directions for part in (x, test.x.flatten(1)))
+        rows += compare("MNIST", projected, y, test_projected, test.y, options)
     print(markdown_table(rows))
 
 

@@ -58,7 +58,10 @@ class Transformer(nn.Module):
         self.tokens = tokens
         self.embed = nn.Linear(64 // tokens, width)
         self.position = nn.Parameter(0.1 * torch.randn(tokens, width))
-        layers = [nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(2)]
+        layers = [
+            nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, dropout=0.0, batch_first=True)
+            for _ in range(2)
+        ]
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(width, 10)
 
@@ -98,7 +101,7 @@ class GraphNetwork(nn.Module):
         super().__init__()
         graph = kneighbors_graph(x.flatten(1).numpy(), 10).tocoo()
         self.register_buffer("edges", torch.stack([torch.from_numpy(a).long() for a in (graph.row, graph.col)]))
-        self.network = GCN(64, 64, 3, 10, act=nn.ReLU())
+        self.network = GCN(in_channels=64, hidden_channels=64, num_layers=3, out_channels=10, act=nn.ReLU())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.flatten(1), self.edges)
@@ -112,25 +115,29 @@ class Values(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the logged values."""
-        if trainer.global_step % EVERY == 1:  # the monitor measured in this step, which is counted already
+        # The monitor measures in steps 0, EVERY, ...; global_step already counts the step that ends here.
+        if trainer.global_step % EVERY == 1:
             found = trainer.callback_metrics.items()
             self.values.update({name: float(value) for name, value in found if name.startswith("em/")})
 
 
-def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]]:
+def fit(kind: str, steps: int, *, monitored: bool) -> tuple[float, dict[str, float]]:
     """Train a model; return processor seconds and the logged values."""
     torch.manual_seed(0)
     data = Digits().whole("train")
     model = {
         "transformer, 8 tokens": Transformer,
-        "transformer, 64 tokens": lambda: Transformer(64),
+        "transformer, 64 tokens": lambda: Transformer(tokens=64),
         "ResNet": resnet,
         "GCN": lambda: GraphNetwork(data.x),
     }[kind]()
-    batch = len(data.x) if kind == "GCN" else 64
-    order = torch.cat([torch.randperm(len(data.x)) for _ in range(steps * batch // len(data.x) + 1)])
-    order = order[: steps * batch] if batch < len(data.x) else torch.arange(len(data.x)).repeat(steps)
-    batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch)]
+    if kind == "GCN":  # each batch is the whole graph, in order
+        order, batch_size = torch.arange(len(data.x)).repeat(steps), len(data.x)
+    else:
+        batch_size = 64
+        epochs = steps * batch_size // len(data.x) + 1
+        order = torch.cat([torch.randperm(len(data.x)) for _ in range(epochs)])[: steps * batch_size]
+    batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch_size)]
     where = {"ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}.get(kind, "network.layers.*.linear1")
     values = Values()
     monitor = PosteriorMonitor(where, every_n_steps=EVERY, loss=EMLoss(reduction="mean"), verbose=False)
@@ -145,9 +152,12 @@ def foreign(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the cost of the monitor in the models, and its last values by layer."""
     rows = []
     for kind in ("transformer, 8 tokens", "transformer, 64 tokens", "ResNet", "GCN"):
-        pairs = [(fit(kind, options.steps, False)[0], fit(kind, options.steps, True)) for _ in range(options.rounds)]
-        ratio = statistics.median(seconds / plain for plain, (seconds, _) in pairs)
-        values = pairs[-1][1][1]
+        ratios = []
+        for _ in range(options.rounds):
+            plain_seconds, _ = fit(kind, options.steps, monitored=False)
+            seconds, values = fit(kind, options.steps, monitored=True)
+            ratios.append(seconds / plain_seconds)
+        ratio = statistics.median(ratios)
         layers = list(dict.fromkeys(name.split("/")[1] for name in values))
         for layer in layers:
             of_layer = {

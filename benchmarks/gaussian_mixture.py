@@ -34,14 +34,15 @@ def quiet_trainer(**options):
 
 
 def table_of(rows, features, path=None):
-    """Return a table of overlapping clusters, in memory or memory-mapped at a path."""
+    """Return a table of 64 overlapping clusters, in memory or memory-mapped at a path."""
     generator = torch.Generator().manual_seed(0)
     centers = 2.0 * torch.randn(64, features, generator=generator)
     out = (
         torch.empty(rows, features) if path is None else np.lib.format.open_memmap(path, "w+", "<f4", (rows, features))
     )
-    for start in range(0, rows, 2**18):
-        size = min(2**18, rows - start)
+    block_rows = 2**18  # limits the memory of a block
+    for start in range(0, rows, block_rows):
+        size = min(block_rows, rows - start)
         block = torch.randn(size, features, generator=generator)
         block += centers[torch.randint(0, 64, (size,), generator=generator)]
         out[start : start + size] = block if path is None else block.numpy()
@@ -187,8 +188,10 @@ def scaling(options):
             (f"{options.processes} ranks", options.processes, 1),
             (f"{options.processes} independent processes, the whole table each", 1, options.processes),
         ):
-            each = [*command, f"--processes={processes}"]
-            runs = [subprocess.Popen(each, stdout=pipe, stderr=pipe, text=True, env=environment) for _ in range(copies)]
+            arguments = [*command, f"--processes={processes}"]
+            runs = [
+                subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=environment) for _ in range(copies)
+            ]
             outputs = [run.communicate() for run in runs]
             lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("seconds")]
             if len(lines) < copies:
@@ -200,9 +203,10 @@ def scaling(options):
         "| | seconds per iteration | in block statistics | million rows per second | speedup | log-likelihood |\n"
         "|---|---|---|---|---|---|"
     )
+    _, seconds_alone, _, _ = found["one process"]
     for name, (copies, seconds, inside, log_likelihood) in found.items():
         speed = copies * options.rows / seconds / 1e6
-        ratio = copies * found["one process"][1] / seconds
+        ratio = copies * seconds_alone / seconds
         print(f"| {name} | {seconds:.3f} | {inside:.3f} | {speed:.2f} | {ratio:.2f} | {log_likelihood:.9f} |")
 
 
@@ -236,11 +240,11 @@ def worker(options):
     blocks = TableBlocks(Table(options.path))
     start = start_of(blocks, options.components, options.covariance)
     clock = _Clock()
-    spread = {"strategy": "ddp", "devices": options.processes} if options.processes > 1 else {}
-    fit = quiet_trainer(max_epochs=options.iterations, callbacks=[clock], **spread)
+    ddp = {"strategy": "ddp", "devices": options.processes} if options.processes > 1 else {}
+    trainer = quiet_trainer(max_epochs=options.iterations, callbacks=[clock], **ddp)
     module = module_of(options.components, options.features, options.covariance, start)
-    fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
-    if fit.is_global_zero:
+    trainer.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
+    if trainer.is_global_zero:
         middle = len(clock.epochs) // 2
         seconds = sorted(clock.epochs)[middle], sorted(clock.inside)[middle]
         print("seconds", *seconds, float(module.log_likelihood), flush=True)

@@ -159,7 +159,7 @@ def machine(device, scale):
         "cuda": torch.version.cuda,
         "em_lightning": em_lightning.__version__,
     }
-    clock = Clock(device, 5)
+    clock = Clock(device, repeats=5)
     numbers = max(int(2**28 * scale), 1000)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
@@ -170,7 +170,7 @@ def machine(device, scale):
     return found
 
 
-def profile(call, given, device):
+def launches_and_waits(call, given, device):
     """Return the numbers of kernel launches and synchronizations of a call."""
     from torch.profiler import ProfilerActivity
 
@@ -223,9 +223,9 @@ def times(device, scale, repeats):
             with torch.no_grad():
                 seconds = [clock.seconds(forward(operator), inputs) for operator in (one, three)]
                 row["iteration ms"] = 1e3 * (seconds[1] - seconds[0]) / 2  # three iterations minus one
-                launches = [profile(forward(operator), inputs[0], device) for operator in (one, three)]
+                launches = [launches_and_waits(forward(operator), inputs[0], device) for operator in (one, three)]
                 row["launches"], row["synchronizations"] = (
-                    (b - a) / 2 for a, b in zip(launches[0], launches[1], strict=True)
+                    (of_three - of_one) / 2 for of_one, of_three in zip(*launches, strict=True)
                 )
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -234,11 +234,11 @@ def times(device, scale, repeats):
                     row["MiB beyond the data"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             seconds = [clock.seconds(backward(operator), inputs) for operator in (one, three)]
             row["iteration with backward ms"] = 1e3 * (seconds[1] - seconds[0]) / 2
-            if shape[2] <= 16:  # the last workload has random starts
-                count = 64 if shape[2] == 16 else 16  # K of the workload
+            if one.init == "farthest":
+                count = one.num_components
                 row["start ms"] = 1e3 * clock.seconds(lambda x: farthest_points(x, count), inputs)  # noqa: B023
         except Exception:
-            row = {"failed": traceback.format_exc(limit=-3)}
+            row = {"failed": traceback.format_exc(limit=-3)}  # the last three frames
         table[name] = row
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -249,7 +249,7 @@ def graph(device, scale):
     """Return milliseconds per iteration of a forward pass captured in a CUDA graph."""
     if device != "cuda":
         return {"CUDA graph": "not on this device"}
-    found, clock = {}, Clock(device, 20)
+    found, clock = {}, Clock(device, repeats=20)
     # Without the last workload, whose launches take no time beside its products.
     for name, (make, shape) in list(workloads(scale).items())[:3]:
         try:
@@ -294,7 +294,7 @@ def main():
     arguments = parser.parse_args()
     device, scale = arguments.device, arguments.scale
     torch.manual_seed(0)
-    found = {}
+    tables = {}
     steps = {
         "Machine": lambda: {"this machine": machine(device, scale)},
         "Times": lambda: times(device, scale, arguments.repeats),
@@ -308,13 +308,13 @@ def main():
     for title, step in steps.items():
         begin = time.perf_counter()
         try:
-            found[title] = step()
+            tables[title] = step()
         except Exception:
-            found[title] = {"failed": {"reason": traceback.format_exc(limit=-3)}}
-        arguments.json.write_text(json.dumps(found, indent=1))
-        print(f"\n## {title}\n\n{table_of(found[title])}\n\n({time.perf_counter() - begin:.0f} s)", flush=True)
+            tables[title] = {"failed": {"reason": traceback.format_exc(limit=-3)}}
+        arguments.json.write_text(json.dumps(tables, indent=1))
+        print(f"\n## {title}\n\n{table_of(tables[title])}\n\n({time.perf_counter() - begin:.0f} s)", flush=True)
     if arguments.table:
-        pages = [f"## {title}\n\n{table_of(rows)}\n" for title, rows in found.items()]
+        pages = [f"## {title}\n\n{table_of(rows)}\n" for title, rows in tables.items()]
         arguments.table.write_text("# On a GPU\n\n`python benchmarks/gpu.py`\n\n" + "\n".join(pages))
 
 

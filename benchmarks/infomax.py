@@ -7,6 +7,7 @@ The InfoMax loss of the energies d = relu(W x + b) is -sum_j log(Var(d_j) + 1e-6
 + beta sum_{i != j} cos(w_i, w_j)^2, with the rows w_i of W. An encoder has converged at the first epoch after which the
 mean training loss changes by less than 1 nat in each of five epochs. All runs of a seed read the same batches and start
 from the same weights.
+
 Both commands reproduce published tables: InfoMax that of Oursland, 2026,
 github.com/alanoursland/implicit_em_in_neural_activations (study of InfoMax), and the convergence the runs with several
 optimizers of Oursland, arXiv 2601.06478.
@@ -68,12 +69,14 @@ def train(
     return history
 
 
-def infomax(decorrelation: float, redundancy: float) -> Callable[[Tensor, Tensor], Tensor]:
-    volume, between_weights = EMLoss(free_energy=0.0, decorrelation=decorrelation), WeightRedundancyLoss()
-    return lambda d, w: volume.total(d) + (redundancy * between_weights(w) if redundancy else 0.0)
+def infomax(alpha: float, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the InfoMax loss, a function of energies (N, K) and weights (K, D)."""
+    volume, between_weights = EMLoss(free_energy=0.0, decorrelation=alpha), WeightRedundancyLoss()
+    return lambda d, w: volume.total(d) + (beta * between_weights(w) if beta else 0.0)
 
 
 def decoder_free(energies: Tensor, weight: Tensor) -> Tensor:
+    """Return the loss of decoder-free encoders, which does not depend on the weight."""
     return EMLoss().total(energies)
 
 
@@ -108,7 +111,7 @@ def infomax_table(data: MNIST, epochs: int, seeds: list[int]) -> list[dict[str, 
                 "effective rank, standardized": _measured(EffectiveRank(), (d - d.mean(0)) / d.std(0)),
                 "probe %": 100 * linear_probe(d, y, other, test_y),
             })  # fmt: skip
-    return [{"a, b": name, **_summaries(values)} for name, values in found.items()]
+    return [{"alpha, beta": name, **_summaries(values)} for name, values in found.items()]
 
 
 def _measured(metric: nn.Module, energies: Tensor) -> float:
@@ -136,8 +139,8 @@ def convergence_table(data: MNIST, epochs: int, seeds: list[int]) -> list[dict[s
         torch.manual_seed(seed)
         layers = Layers(len(names), x.shape[1], 64)
         pairs = [list(pair) for pair in zip(layers.weights, layers.biases, strict=True)]
-        optimizers = [torch.optim.SGD(pair, rate) for pair, rate in zip(pairs[:4], RATES, strict=True)]
-        optimizers += [torch.optim.Adam(pair, rate) for pair, rate in zip(pairs[4:], RATES, strict=True)]
+        optimizers = [torch.optim.SGD(pair, rate) for pair, rate in zip(pairs[: len(RATES)], RATES, strict=True)]
+        optimizers += [torch.optim.Adam(pair, rate) for pair, rate in zip(pairs[len(RATES) :], RATES, strict=True)]
         history = train(layers, x, [decoder_free] * len(names), optimizers, epochs, torch.Generator().manual_seed(seed))
         for name, values in zip(names, history.unbind(1), strict=True):
             found[name].append(values)

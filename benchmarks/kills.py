@@ -119,6 +119,11 @@ def has_ended(pid, folder):
     return bool(found)
 
 
+def never():
+    """Return False: the condition of a wait for the end of a run."""
+    return False
+
+
 def wait(pid, folder, until, deadline=float("inf"), pause=0.005):
     """Wait for a condition, a deadline or the end of a run; return whether the run is still alive."""
     while not has_ended(pid, folder):
@@ -134,7 +139,7 @@ def time_uninterrupted_run(case, folder):
     pid = start_run(CASES[case], folder)
     if wait(pid, folder, (folder / "share").exists):
         begin = time.perf_counter()
-        wait(pid, folder, lambda: False)
+        wait(pid, folder, never)
         return time.perf_counter() - begin
     raise SystemExit(f"{case} did not start training:\n{(folder / 'output.txt').read_text()[-3000:]}")
 
@@ -145,18 +150,23 @@ def share(folder):
 
 
 def find_partial_file(folder):
+    """Return the partial file of a checkpoint that is being written, or None."""
     return next(folder.glob("lightning_logs/*/run/checkpoints/*.partial"), None)
 
 
-def run_and_kill(case, folder, draw, seconds, in_writing):
-    """Start or resume a run and kill it; return whether it was killed, and the partial file it left, if any."""
+def run_and_kill(case, folder, rng, seconds, in_writing):
+    """Start or resume a run and kill it, with ``in_writing`` while it writes a checkpoint.
+
+    Such a kill waits at most ``seconds`` for a write. Return whether the run was killed, and the partial file that it
+    left, if any.
+    """
     pid = start_run(CASES[case], folder)
     if not wait(pid, folder, (folder / "share").exists):
         return False, None
-    target = draw.uniform(share(folder), 1.1)
+    target = rng.uniform(share(folder), 1.1)  # 1.1 (chosen): at least one kill in eleven comes after training
     if target > 1:  # a kill up to a second after training
         alive = wait(pid, folder, (folder / "weights.pt").exists)
-        alive = alive and wait(pid, folder, lambda: False, time.perf_counter() + draw.random())
+        alive = alive and wait(pid, folder, never, time.perf_counter() + rng.random())
     else:
         alive = wait(pid, folder, lambda: share(folder) >= target)
     if alive and in_writing:
@@ -186,10 +196,12 @@ def without_times(content):
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
-def differences(one, two):
+def differences(expected, found):
     """Return the names of the weights that differ between two runs, and of the results if they differ."""
-    weights = [name for name in {**one[0], **two[0]} if not torch.equal(one[0][name], two[0][name])]
-    return weights + (["results.json"] if one[1] != two[1] else [])
+    (expected_weights, expected_results), (weights, results) = expected, found
+    names = {**expected_weights, **weights}
+    differ = [name for name in names if not torch.equal(expected_weights[name], weights[name])]
+    return differ + (["results.json"] if results != expected_results else [])
 
 
 def digest(found):
@@ -201,7 +213,7 @@ def digest(found):
     return sums.hexdigest()[:16]
 
 
-def compare(case, kills, draw, root):
+def compare(case, kills, rng, root):
     """Kill runs of a case ``kills`` times and compare each completed run with an uninterrupted one."""
     seconds = time_uninterrupted_run(case, root / "alone")
     expected = load_results(root / "alone")
@@ -212,11 +224,11 @@ def compare(case, kills, draw, root):
         folder.mkdir()
         alive = True
         while alive and num_kills < kills:
-            alive, left = run_and_kill(case, folder, draw, seconds, in_writing=num_kills % 2 == 1)
+            alive, left = run_and_kill(case, folder, rng, seconds, in_writing=num_kills % 2 == 1)
             num_kills += alive
             num_partial_files += left is not None
         if alive:
-            wait(start_run(CASES[case], folder), folder, lambda: False)
+            wait(start_run(CASES[case], folder), folder, never)
         num_runs += 1
         if (folder / "resumed").exists():
             num_resumes += len((folder / "resumed").read_text().splitlines())
@@ -240,10 +252,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
     for case in options.cases or CASES:
         root = Path(tempfile.mkdtemp())
-        compare(case, options.kills, draw, root)
+        compare(case, options.kills, rng, root)
         shutil.rmtree(root)
 
 

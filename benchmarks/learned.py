@@ -11,7 +11,8 @@
     python benchmarks/learned.py store FOLDER --checkpoints last.ckpt             the file of pretrained()
 
 Settings are chosen on validation clouds for each size and noise level and kept in FOLDER/settings; the test clouds are
-drawn from another seed. One start of scikit-learn is measured on the first 90 test clouds, the Bayesian mixture on 36.
+drawn from another seed. To save time, scikit-learn with one start is measured on the first 90 test clouds, and its
+Bayesian mixture on 36.
 """
 
 import argparse
@@ -32,14 +33,14 @@ from em_lightning import EMOperator
 from em_lightning.data import PointCloudFolder, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
-from em_lightning.studies import ProceduralSurfaces
+from em_lightning.studies import FAMILIES, ProceduralSurfaces
 from em_lightning.studies.density_fits import (
     TRAINED,
     Clouds,
     Method,
     Result,
     baselines,
-    each,
+    combinations,
     em_scores,
     fit_sklearn,
     kernel_scores,
@@ -51,21 +52,26 @@ from em_lightning.studies.density_fits import (
 
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
 COMPONENTS = 16
-NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
-TEST_SEED = 4321  # drawn once; model and settings were fixed before
-# Chosen on the validation clouds.
+NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512  # 17 and 3 clouds of each of the 18 families; held-out points per cloud
+VAL_SEED = 1000  # of the clouds on which settings are chosen
+TEST_SEED = 4321  # these clouds were first drawn when the model and all settings were fixed
+# Arguments of PointCloudGMM, chosen on the validation clouds.
 INFERENCE = {"num_starts": 8, "exact_iters": 75}
 ONE_START = "learned, one start"
-FLAT = ("box", "pyramid", "prism", "table", "chair")
+FLAT = ("box", "pyramid", "prism", "table", "chair")  # families whose surfaces consist of planes
 
 
-def clouds_of(size, noise, split, number, seed=1000, **options):
-    """Return clouds and whether each is of a flat family."""
+def clouds_of(size, noise, split, number, seed=VAL_SEED, **options):
+    """Return the first ``number`` generated clouds of a split, with ``size`` points to fit."""
     data = ProceduralSurfaces(num_points=max(SIZES), noise=noise, seed=seed, batch_size=number, **options)
     data.val_clouds = data.test_clouds = number
     batch = next(iter(data.loader(split)))
-    flat = torch.tensor([name in FLAT for name in data.class_names])[batch.label]
-    return Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT]), flat
+    return Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT])
+
+
+def are_flat(number):
+    """Return whether each of the first ``number`` clouds is of a flat family."""
+    return torch.tensor([FAMILIES[i % len(FAMILIES)] in FLAT for i in range(number)])  # families alternate
 
 
 def methods_of(size):
@@ -73,46 +79,47 @@ def methods_of(size):
     found = baselines(size, fine=True)
     grids = {method.name: method.grid for method in found}
     floors = [setting["floor"] for setting in grids["EM, tuned"]]
-    # scikit-learn's prior covariance W is a share of the variance and not multiplied by the degrees of freedom. Sparse
-    # clouds need a larger one. On six validation clouds, more degrees of freedom (10, 30) and a mean precision of .1
-    # were no better than these.
+    # The shares are scikit-learn's covariance_prior relative to the variance of the points. Sparse clouds need larger
+    # shares. On six validation clouds, more degrees of freedom (10, 30) and a mean precision of .1 were no better.
     shares = (0.1, 0.3, 1.0, 3.0) if size < 200 else (0.01, 0.03, 0.1, 0.3)
     tried = [{**setting, "n_init": 10} for setting in grids["scikit-learn, tuned"]]
-    bayesian = each(covariance_share=shares, weight_concentration_prior=(0.01, 1.0), mean_precision_prior=(0.001,))
+    bayesian = combinations(
+        covariance_share=shares, weight_concentration_prior=(0.01, 1.0), mean_precision_prior=(0.001,)
+    )
     return [
         *found,
-        Method("EM, floor cross-validated", cross_validated_scores, each(steps=(5, 20), floors=(floors,))),
+        Method("EM, floor cross-validated", cross_validated_scores, combinations(steps=(5, 20), floors=(floors,))),
         Method("scikit-learn, n_init=10, tuned", sklearn_scores, tried),
         Method("BayesianGaussianMixture, tuned", bayesian_scores, bayesian),
     ]
 
 
-def cross_validated_scores(clouds, components, steps, floors):
+def cross_validated_scores(clouds, num_components, steps, floors):
     """Score EM whose floor each cloud chooses by the mean log-likelihood of five folds of its own points."""
     points = clouds.points
     fold = torch.arange(points.shape[1]) % 5
     options = {"init": "kmeans++", "residual": False}
-    operators = [EMOperator(components, points.shape[-1], covariance_floor=f, **options).eval() for f in floors]
+    operators = [EMOperator(num_components, points.shape[-1], covariance_floor=f, **options).eval() for f in floors]
     likelihoods = torch.zeros(len(floors), len(points))
     for operator, likelihood in zip(operators, likelihoods, strict=True):
-        for left_out in range(5):
+        for left_out in range(5):  # folds
             mixture = operator(points, (fold != left_out).expand(points.shape[:2]), num_iters=steps)
             likelihood += mixture.log_prob(points[:, fold == left_out]).sum(1)
     best, scores = likelihoods.argmax(0), torch.zeros(len(points))
     for i in best.unique().tolist():
         chosen = best == i
         part = Clouds(points[chosen], clouds.held_out[chosen])
-        (result,) = em_scores(part, components, floors[i], steps=steps)
+        (result,) = em_scores(part, num_components, floors[i], steps=steps)
         scores[chosen] = result.scores
     yield Result({"steps": steps, "floors": floors}, scores)
 
 
-def bayesian_scores(clouds, components, covariance_share, **options):
-    """Score scikit-learn's Bayesian mixtures; the share is that of the prior's covariance in the variance."""
+def bayesian_scores(clouds, num_components, covariance_share, **options):
+    """Score scikit-learn's Bayesian mixtures, whose covariance_prior is ``covariance_share`` times the variance."""
     scores = []
     for points, held_out in zip(clouds.points.double().numpy(), clouds.held_out.double(), strict=True):
         estimator = BayesianGaussianMixture(
-            n_components=min(components, len(points)),
+            n_components=min(num_components, len(points)),
             max_iter=300,  # as for scikit-learn's GaussianMixture in density_fits
             random_state=0,
             covariance_prior=covariance_share * points.var() * np.eye(points.shape[1]),
@@ -128,7 +135,13 @@ def number_of(method):
     return {"BayesianGaussianMixture, tuned": 36, "scikit-learn, tuned": 90}.get(method.name, NUM_TEST)
 
 
+def is_slow(method):
+    """Return whether a method fits by scikit-learn, one cloud after the other."""
+    return "scikit-learn" in method.name or "Bayesian" in method.name
+
+
 def first(clouds, number):
+    """Return the first clouds."""
     return Clouds(clouds.points[:number], clouds.held_out[:number])
 
 
@@ -138,10 +151,9 @@ def setting_of(folder, method, size, noise):
     if not path.exists():
         if len(method.grid) == 1 and "steps" in method.grid[0]:
             return method.grid[0]
-        val, _ = clouds_of(size, noise, "val", NUM_VAL)
+        val = clouds_of(size, noise, "val", NUM_VAL)
         torch.manual_seed(0)
-        slow = "scikit-learn" in method.name or "Bayesian" in method.name
-        chosen = tune(method, first(val, 18 if slow else NUM_VAL), COMPONENTS)
+        chosen = tune(method, first(val, 18 if is_slow(method) else NUM_VAL), COMPONENTS)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"setting": dict(chosen)}))
     return json.loads(path.read_text())["setting"]
@@ -157,35 +169,42 @@ def fits(folder, sizes, noises, names, module):
                 if method.name != name or path.exists():
                     continue
                 setting = {} if method is trained else setting_of(folder, method, size, noise)
-                test, _ = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
+                test = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
                 torch.manual_seed(0)
-                found = measure(method, first(test, number_of(method)), COMPONENTS, setting)
-                content = {"setting": dict(found.setting), "scores": found.scores.tolist(), "seconds": found.seconds}
+                result = measure(method, first(test, number_of(method)), COMPONENTS, setting)
+                content = {"setting": dict(result.setting), "scores": result.scores.tolist(), "seconds": result.seconds}
                 path.write_text(json.dumps(content))
-                print(f"{path.stem}: {found.scores.mean():.3f}, {1e3 * found.seconds:.1f} ms, {setting}", flush=True)
+                print(f"{path.stem}: {result.scores.mean():.3f}, {1e3 * result.seconds:.1f} ms, {setting}", flush=True)
 
 
 def load(folder, method, size, noise):
+    """Return what ``fits`` wrote of a method: its setting, scores and seconds; None if there is nothing."""
     path = folder / f"{method}, {size}, {noise:g}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def model(path, **arguments):
+def model(path=None, **arguments):
     """Return the trained module of a checkpoint, or the pretrained one for ``None``."""
     if path is None:
         return PointCloudGMM.pretrained(**arguments)
     return PointCloudGMM.load_from_checkpoint(path, **{**INFERENCE, **arguments}).eval()
 
 
+def measure_module(module, clouds):
+    """Return the result of a trained module, which has no setting to choose."""
+    return measure(learned(module), clouds, module.operator.num_components, setting={})
+
+
 def mean_error(values):
+    """Return mean ± standard error as text."""
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
 def table(folder, modules, one_start, sizes, noises):
     """Print held-out likelihood and time by size and noise, and the paired gain over the best classical fit.
 
-    The best is the one with the smallest gain among those measured on more than 200 clouds. The gains are those of the
-    first module; the others are further seeds. ``one_start`` is the first module with a single start.
+    The best fit is the one over which the gain is smallest, among those that are measured on all test clouds. The gains
+    are those of the first module; the others are further seeds. ``one_start`` is the first module with a single start.
     """
     for noise in noises:
         names = [method.name for method in methods_of(1024)]
@@ -201,32 +220,32 @@ def table(folder, modules, one_start, sizes, noises):
         kinds = ("learned", "gain over the best", "gain, flat", "gain, curved", "gain over n_init=10", "of seeds")
         lines = {kind: [] for kind in (*kinds, ONE_START, f"gain of {ONE_START} over the best")}
         for size in sizes:
-            test, flat = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
-            found = []
+            test = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
+            own_results = []
             for module in modules:
                 torch.manual_seed(0)
-                found.append(measure(learned(module), test, COMPONENTS, {}))
-            scores = found[0].scores
-            lines["learned"].append(f"{scores.mean():.3f} ({1e3 * found[0].seconds:.1f} ms)")
-            lines["of seeds"].append(", ".join(f"{one.scores.mean():.3f}" for one in found))
-            rivals = {}
+                own_results.append(measure_module(module, test))
+            scores, seconds = own_results[0].scores, own_results[0].seconds
+            lines["learned"].append(f"{scores.mean():.3f} ({1e3 * seconds:.1f} ms)")
+            lines["of seeds"].append(", ".join(f"{result.scores.mean():.3f}" for result in own_results))
+            gains = {}
             for name, rival in results[size].items():
                 if rival:
                     other = torch.tensor(rival["scores"])
-                    rivals[name] = (scores[: len(other)] - other, flat[: len(other)])
-            name = min(
-                rivals, key=lambda name: float(rivals[name][0].mean()) if len(rivals[name][0]) > 200 else math.inf
-            )
-            gain, kind = rivals[name]
-            lines["gain over the best"].append(f"{mean_error(gain)} ({name})")
-            lines["gain, flat"].append(mean_error(gain[kind]))
-            lines["gain, curved"].append(mean_error(gain[~kind]))
+                    gains[name] = scores[: len(other)] - other
+            complete = [name for name, gain in gains.items() if len(gain) == NUM_TEST]
+            best = min(complete, key=lambda name: float(gains[name].mean()))
+            gain, flat = gains[best], are_flat(NUM_TEST)
+            lines["gain over the best"].append(f"{mean_error(gain)} ({best})")
+            lines["gain, flat"].append(mean_error(gain[flat]))
+            lines["gain, curved"].append(mean_error(gain[~flat]))
             torch.manual_seed(0)
-            quick = measure(learned(one_start), test, COMPONENTS, {})
+            quick = measure_module(one_start, test)
             lines[ONE_START].append(f"{quick.scores.mean():.3f} ({1e3 * quick.seconds:.1f} ms)")
-            lines[f"gain of {ONE_START} over the best"].append(mean_error(gain + (quick.scores - scores)[: len(gain)]))
-            several = rivals.get("scikit-learn, n_init=10, tuned")
-            lines["gain over n_init=10"].append(f"{mean_error(several[0])} ({len(several[0])})" if several else "-")
+            lines[f"gain of {ONE_START} over the best"].append(mean_error(gain + quick.scores - scores))
+            several = gains.get("scikit-learn, n_init=10, tuned")
+            cell = "-" if several is None else f"{mean_error(several)} ({len(several)})"
+            lines["gain over n_init=10"].append(cell)
         for name, cells in lines.items():
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
@@ -238,20 +257,20 @@ def dense(folder, sizes):
     """
     print("| N | K | kernel density | EM, tuned | learned | over EM | over the kernel density |\n|---|" + "---|" * 6)
     for size in sizes:
-        val, _ = clouds_of(size, 0.02, "val", NUM_VAL)
-        clouds, _ = clouds_of(size, 0.02, "test", NUM_TEST, TEST_SEED)
+        val = clouds_of(size, 0.02, "val", NUM_VAL)
+        clouds = clouds_of(size, 0.02, "test", NUM_TEST, TEST_SEED)
         density = torch.tensor(load(folder, "kernel density", size, 0.02)["scores"])  # written by fits
         for components in (16, 32, 64):
             torch.manual_seed(0)
-            em = Method("EM, tuned", em_scores, each(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
+            em = Method("EM, tuned", em_scores, combinations(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
             setting = tune(em, val, components)
             scores = measure(em, clouds, components, setting).scores
-            own = measure(learned(model(None, num_components=components)), clouds, components, {}).scores
+            own = measure_module(model(num_components=components), clouds).scores
             cells = [size, components, *(f"{value.mean():.3f}" for value in (density, scores, own))]
             cells += [mean_error(own - scores), mean_error(own - density)]
             print(f"| {' | '.join(map(str, cells))} | EM: {setting['floor']:g}, {setting['steps']} steps", flush=True)
-    data = ProceduralSurfaces(num_points=16_384, noise=0.02, seed=1000, batch_size=9)
-    data.val_clouds = 54
+    data = ProceduralSurfaces(num_points=16_384, noise=0.02, seed=VAL_SEED, batch_size=9)
+    data.val_clouds = NUM_VAL
     scores = {}
     for batch in data.loader("val"):
         held_out = batch.held_out[:, :HELD_OUT]
@@ -296,15 +315,16 @@ def draw(meshes, size, noise, number=36):
 
 def cases_of(size, root, folders):
     """Yield data sets that differ from the training data: name, clouds, K and noise."""
-    plain, noisy = (clouds_of(size, noise, "test", 108, seed=2000)[0] for noise in NOISES)
+    other = {"split": "test", "number": 108, "seed": 2000}  # other clouds than those of the tables, six per family
+    plain, noisy = (clouds_of(size, noise, **other) for noise in NOISES)
     for components in (8, 32):
         yield "surfaces, no noise", plain, components, 0.0
         yield "surfaces, noise 0.02", noisy, components, 0.02
-    wild = 2.0 * torch.rand(noisy.points.shape, generator=generator_of(5)) - 1.0
-    outlier = torch.rand(noisy.points.shape[:2], generator=generator_of(6)).unsqueeze(-1) < 0.1
-    spoiled = Clouds(torch.where(outlier, wild, noisy.points), noisy.held_out)
-    yield "10 % outliers, noise 0.02", spoiled, COMPONENTS, 0.02
-    yield "holes, noise 0.02", clouds_of(size, 0.02, "test", 108, seed=2000, holes=3)[0], COMPONENTS, 0.02
+    uniform = 2.0 * torch.rand(noisy.points.shape, generator=generator_of(5)) - 1.0  # in the cube around the cloud
+    is_outlier = torch.rand(noisy.points.shape[:2], generator=generator_of(6)).unsqueeze(-1) < 0.1
+    with_outliers = Clouds(torch.where(is_outlier, uniform, noisy.points), noisy.held_out)
+    yield "10 % outliers, noise 0.02", with_outliers, COMPONENTS, 0.02
+    yield "holes, noise 0.02", clouds_of(size, 0.02, **other, holes=3), COMPONENTS, 0.02
     loaded = {folder.name: [load_mesh(path) for path in sorted(folder.iterdir())] for folder in folders}
     for name, meshes in {"trimesh primitives": primitives(), **loaded}.items():
         for noise in NOISES:
@@ -329,16 +349,16 @@ def elsewhere(folder, checkpoint, root, folders, sizes, names):
     for size in sizes:
         for name, clouds, components, noise in cases_of(size, root, folders):
             torch.manual_seed(0)
-            own = measure(learned(model(checkpoint, num_components=components)), clouds, components, {}).scores
+            own = measure_module(model(checkpoint, num_components=components), clouds).scores
             gains = {}
             for method in (method for method in methods_of(size) if method.name in names):
-                slow = "scikit-learn" in method.name or "Bayesian" in method.name
                 setting = setting_of(folder, method, size, noise)
                 torch.manual_seed(0)
-                if components != COMPONENTS and not slow and len(method.grid) > 1:
-                    setting = tune(method, clouds_of(size, noise, "val", 18)[0], components)
-                found = measure(method, first(clouds, 24) if slow else clouds, components, setting).scores
-                gains[method.name] = own[: len(found)] - found
+                if components != COMPONENTS and not is_slow(method) and len(method.grid) > 1:
+                    setting = tune(method, clouds_of(size, noise, "val", 18), components)
+                measured = first(clouds, 24) if is_slow(method) else clouds
+                scores = measure(method, measured, components, setting).scores
+                gains[method.name] = own[: len(scores)] - scores
             best = min(gains, key=lambda name: float(gains[name].mean()))
             cells = [name, components, size, f"{own.mean():.3f}", best, mean_error(gains[best])]
             cells += [mean_error(gain) for gain in gains.values()]
@@ -356,11 +376,10 @@ def resample(folder, module, sizes):
     columns = ("N", "noise", "fitted points alone", "jittered points, tuned", "EM, tuned", "MAP-EM, tuned", "learned")
     print(f"| {' | '.join(columns)} | learned minus best |")
     print("|---|---|---|---|---|---|---|---|")
+    numbers = {"val": NUM_VAL, "test": 108}  # three and six clouds per family
     for size in sizes:
-        for noise in (0.0, 0.02):
-            clouds = {
-                split: clouds_of(size, noise, split, number)[0].points for split, number in (("val", 54), ("test", 108))
-            }
+        for noise in NOISES:
+            clouds = {split: clouds_of(size, noise, split, number).points for split, number in numbers.items()}
             dense = {split: surface_of(split, len(points)) for split, points in clouds.items()}
 
             def jittered(points, width):
@@ -372,7 +391,7 @@ def resample(folder, module, sizes):
             widths = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
             width = min(widths, key=lambda w: float(chamfer(jittered(clouds["val"], w), dense["val"]).mean()))
             points, target = clouds["test"], dense["test"]
-            found = {"alone": chamfer(points, target), "jittered": chamfer(jittered(points, width), target)}
+            distances = {"alone": chamfer(points, target), "jittered": chamfer(jittered(points, width), target)}
             for name in ("EM, tuned", "MAP-EM, tuned"):
                 setting = load(folder, name, size, noise)["setting"]
                 options = {
@@ -382,17 +401,17 @@ def resample(folder, module, sizes):
                     "prior": setting["prior"],
                 }
                 operator = EMOperator(COMPONENTS, 3, covariance_floor=setting["floor"], **options).eval()
-                found[name] = chamfer(operator(points, num_iters=setting["steps"]).sample(2048), target)
-            found["learned"] = chamfer(module(points).sample(2048), target)
-            best = min((name for name in found if name != "learned"), key=lambda name: float(found[name].mean()))
-            cells = [f"{1e3 * value.mean():.1f}" for value in found.values()]
-            gain = mean_error(1e3 * (found["learned"] - found[best]))
+                distances[name] = chamfer(operator(points, num_iters=setting["steps"]).sample(2048), target)
+            best = min(distances, key=lambda name: float(distances[name].mean()))
+            distances["learned"] = chamfer(module(points).sample(2048), target)
+            cells = [f"{1e3 * value.mean():.1f}" for value in distances.values()]
+            gain = mean_error(1e3 * (distances["learned"] - distances[best]))
             print(f"| {size} | {noise:g} | " + " | ".join(cells) + f" | {gain} ({best}) |", flush=True)
 
 
 def surface_of(split, number):
     """Return the held-out points of noise-free clouds: those of the same surfaces."""
-    data = ProceduralSurfaces(num_points=max(SIZES), seed=1000, batch_size=number)
+    data = ProceduralSurfaces(num_points=max(SIZES), seed=VAL_SEED, batch_size=number)
     data.val_clouds = data.test_clouds = number
     return next(iter(data.loader(split))).held_out
 
@@ -401,9 +420,9 @@ def floors(path, sizes, noises):
     """Print the likelihood of the learned fit, and of EM of 80 steps, by their floor, on 24 validation clouds."""
     print("| N | noise | floor | learned | EM, 80 steps |\n|---|---|---|---|---|")
     for size, noise, floor in product(sizes, noises, (1e-6, 1e-7, 1e-8, 1e-9)):
-        val, _ = clouds_of(size, noise, "val", 24)
+        val = clouds_of(size, noise, "val", 24)
         torch.manual_seed(0)
-        own = measure(learned(model(path, covariance_floor=floor)), val, COMPONENTS, {}).scores
+        own = measure_module(model(path, covariance_floor=floor), val).scores
         (em,) = em_scores(val, COMPONENTS, floor, starts=8, steps=80)
         print(f"| {size} | {noise:g} | {floor:g} | {own.mean():.3f} | {em.scores.mean():.3f} |", flush=True)
 
@@ -417,24 +436,25 @@ def times(folder, modules, sizes):
     cells = {name: [] for name in [*(method.name for method in methods_of(1024)), *modules]}
     ratios = {"scikit-learn, tuned": [], "nearest batched fit": []}
     for size in sizes:
-        test, _ = clouds_of(size, 0.02, "test", 32)
-        found, level = {}, {}
+        test = clouds_of(size, 0.02, "test", 32)
+        milliseconds, likelihoods = {}, {}
         for method in (*methods_of(size), *(learned(module)._replace(name=name) for name, module in modules.items())):
             stored = {"setting": {}} if method.name in modules else load(folder, method.name, size, 0.02)
             if stored is None:
                 continue
-            part = first(test, 4 if "scikit" in method.name or "Bayes" in method.name else 32)
+            part = first(test, 4 if is_slow(method) else 32)
             measure(method, first(test, 1), COMPONENTS, stored["setting"])  # warm-up
             began = process_time()
             measure(method, part, COMPONENTS, stored["setting"])
-            found[method.name] = 1e3 * (process_time() - began) / len(part.points)
-            if method.name not in modules and len(stored["scores"]) > 200 and "scikit-learn" not in method.name:
-                level[method.name] = float(torch.tensor(stored["scores"]).mean())
+            milliseconds[method.name] = 1e3 * (process_time() - began) / len(part.points)
+            if method.name not in modules and not is_slow(method):
+                likelihoods[method.name] = float(torch.tensor(stored["scores"]).mean())
         for name, row in cells.items():
-            row.append(f"{found[name]:.1f}" if name in found else "-")
-        near = min((name for name in level if level[name] > max(level.values()) - 0.01), key=found.get)
-        ratios["scikit-learn, tuned"].append(f"{found['scikit-learn, tuned'] / found[ONE_START]:.1f}")
-        ratios["nearest batched fit"].append(f"{found[near] / found[ONE_START]:.1f} ({near})")
+            row.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "-")
+        good = [name for name, value in likelihoods.items() if value > max(likelihoods.values()) - 0.01]
+        fastest, own = min(good, key=milliseconds.get), milliseconds[ONE_START]
+        ratios["scikit-learn, tuned"].append(f"{milliseconds['scikit-learn, tuned'] / own:.1f}")
+        ratios["nearest batched fit"].append(f"{milliseconds[fastest] / own:.1f} ({fastest})")
     print("| method | " + " | ".join(f"N = {size}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
     for name, row in [*cells.items(), *((f"{name} / {ONE_START}", row) for name, row in ratios.items())]:
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
@@ -444,8 +464,8 @@ def steps(folder, module, root):
     """Print the likelihood of classical EM by its number of steps, from the starts of the learned fit."""
     meshes = PointCloudFolder(root, val_fraction=0.0, num_points=1024, noise=0.0, batch_size=40)
     batch = next(iter(meshes.test_dataloader()))
-    data = {"surfaces": clouds_of(1024, 0.0, "test", 108, TEST_SEED)[0]}
-    data["surfaces, noise 0.02"] = clouds_of(1024, 0.02, "test", 108, TEST_SEED)[0]
+    data = {"surfaces": clouds_of(1024, 0.0, "test", 108, TEST_SEED)}
+    data["surfaces, noise 0.02"] = clouds_of(1024, 0.02, "test", 108, TEST_SEED)
     data["GeometricShapes"] = Clouds(batch.points, batch.held_out)
     counts = (5, 10, 20, 40, 80)
     columns = [*(f"EM, {count} steps" for count in counts), "EM, tuned", "learned", "learned minus EM, 40 steps"]
@@ -455,16 +475,16 @@ def steps(folder, module, root):
         torch.manual_seed(0)
         plain = module.operator.classical()
         start = plain(clouds.points, num_iters=0)
-        found = {}
+        scores = {}  # by the number of steps
         for count, mixture in enumerate(plain.iterate(clouds.points, init=start, num_iters=max(counts))):
-            found[count] = mixture.log_prob(clouds.held_out).mean(1)
+            scores[count] = mixture.log_prob(clouds.held_out).mean(1)
         setting = load(folder, "EM, tuned", size, 0.02 if "noise" in name else 0.0)["setting"]
         torch.manual_seed(0)
         (tuned,) = em_scores(clouds, COMPONENTS, **setting)
         torch.manual_seed(0)
-        own = measure(learned(module), clouds, COMPONENTS, {}).scores
-        cells = [f"{float(score.mean()):.3f}" for score in (*map(found.get, counts), tuned.scores, own)]
-        print(f"| {name} | {size} | {' | '.join(cells)} | {mean_error(own - found[40])} |", flush=True)
+        own = measure_module(module, clouds).scores
+        cells = [f"{float(score.mean()):.3f}" for score in (*map(scores.get, counts), tuned.scores, own)]
+        print(f"| {name} | {size} | {' | '.join(cells)} | {mean_error(own - scores[40])} |", flush=True)
 
 
 def store(checkpoint):

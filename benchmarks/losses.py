@@ -27,6 +27,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def formulas(x: Tensor) -> Tensor:
+    """Return the loss of energies (N, K), with the same small constants as in EMLoss."""
     std = x.std(0) + 1e-8
     correlation = torch.cov(x.T) / std / std[:, None]
     redundancy = correlation.square().sum() - correlation.diagonal().square().sum()
@@ -34,11 +35,13 @@ def formulas(x: Tensor) -> Tensor:
 
 
 def batch_step(shape: tuple[int, int]) -> Callable[[Loss], object]:
+    """Return a function that computes the derivative of a loss of random energies."""
     x = torch.rand(shape, requires_grad=True)
     return lambda loss: torch.autograd.grad(loss(x), x)
 
 
 def mlp_step(loss: Loss, width: int = 512, batch: int = 256) -> None:
+    """Run a training step of the MLP, with the loss on each layer."""
     hidden, total = torch.rand(batch, width), torch.zeros(())
     for layer in LAYERS:
         hidden = layer(hidden).relu()
@@ -50,6 +53,7 @@ def mlp_step(loss: Loss, width: int = 512, batch: int = 256) -> None:
 
 
 def seconds(step: Callable[[Loss], object], loss: Loss) -> float:
+    """Return the seconds of a step with a loss."""
     start = time.perf_counter()
     step(loss)
     return time.perf_counter() - start

@@ -42,24 +42,31 @@ def trained(seed: int, epochs: int, rate: float) -> StackedNetworks:
     return networks
 
 
-def solution(networks: StackedNetworks, arm: int) -> list[Tensor]:
+def solution(networks: StackedNetworks, name: str) -> list[Tensor]:
     """Return W, b, V, c, gain and shift of an arm."""
+    arm = list(ARMS).index(name)
     lists = [*zip(networks.weights, networks.biases, strict=True), (networks.gain, networks.shift)]
-    return [parameters[0][arm].detach() for pair in lists for parameters in pair]
+    return [of_rates[0][arm].detach() for pair in lists for of_rates in pair]  # there is one learning rate
 
 
-def evaluate(parameters: list[Tensor], x: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
-    """Return the energies (N, K), the cross-entropy and the EM loss of a solution."""
-    w, b, v, c, gain, shift = parameters
-    d = (x @ w.T + b).relu()
+def energies(parameters: list[Tensor], x: Tensor) -> Tensor:
+    """Return the energies (N, K) of a solution."""
+    w, b, *_ = parameters
+    return (x @ w.T + b).relu()
+
+
+def losses(parameters: list[Tensor], x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the cross-entropy and the EM loss of a solution."""
+    _, _, v, c, gain, shift = parameters
+    d = energies(parameters, x)
     logits = functional.layer_norm(-functional.log_softmax(-d, -1) @ v.T + c, gain[0].shape, gain[0], shift[0])
-    return d, float(functional.cross_entropy(logits, labels)), float(EMLoss(reduction="mean").total(d))
+    return float(functional.cross_entropy(logits, labels)), float(EMLoss(reduction="mean").total(d))
 
 
 def matched(parameters: list[Tensor], d: Tensor, other: Tensor) -> list[Tensor]:
     """Return the solution with energies ``other`` with its units reordered to correlate best with those of ``d``."""
     correlation = torch.corrcoef(torch.cat([d, other], 1).T).nan_to_num()[: d.shape[1], d.shape[1] :]
-    order = torch.from_numpy(linear_sum_assignment(-correlation.numpy())[1])
+    _, order = linear_sum_assignment(-correlation.numpy())
     w, b, v, *rest = parameters
     return [w[order], b[:, order], v[:, order], *rest]
 
@@ -67,8 +74,8 @@ def matched(parameters: list[Tensor], d: Tensor, other: Tensor) -> list[Tensor]:
 def barriers(first: list[Tensor], second: list[Tensor], x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the largest excess of the cross-entropy and of the EM loss over the line between the ends' values."""
     fractions = torch.linspace(0, 1, POINTS)
-    lines = [[a.lerp(b, float(t)) for a, b in zip(first, second, strict=True)] for t in fractions]
-    values = torch.tensor([evaluate(parameters, x, labels)[1:] for parameters in lines])
+    line = [[a.lerp(b, float(t)) for a, b in zip(first, second, strict=True)] for t in fractions]
+    values = torch.tensor([losses(parameters, x, labels) for parameters in line])
     straight = values[:1] + fractions[:, None] * (values[-1:] - values[:1])
     task, em = (values - straight).amax(0).tolist()
     return task, em
@@ -79,22 +86,19 @@ def connectivity(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = Digits().whole("train")
     x, labels = data.x.flatten(1), data.y
     networks = [trained(seed, options.epochs, options.rate) for seed in range(options.seeds + 1)]
+    em, ce = ([solution(of_seed, arm) for of_seed in networks] for arm in ("EM", "CE"))
     pairs = {
-        "EM and CE, same initial weights": [(solution(n, 0), solution(n, 1)) for n in networks],
-        "EM and EM, different initial weights": [
-            (solution(a, 0), solution(b, 0)) for a, b in zip(networks, networks[1:], strict=False)
-        ],
-        "CE and CE, different initial weights": [
-            (solution(a, 1), solution(b, 1)) for a, b in zip(networks, networks[1:], strict=False)
-        ],
+        "EM and CE, same initial weights": zip(em, ce, strict=True),
+        "EM and EM, different initial weights": zip(em, em[1:], strict=False),
+        "CE and CE, different initial weights": zip(ce, ce[1:], strict=False),
     }
     rows = []
     for name, found in pairs.items():
         columns: dict[str, list[float]] = {}
         for first, second in found:
-            d, other = evaluate(first, x, labels)[0], evaluate(second, x, labels)[0]
-            reordered = matched(second, d, other)
-            both = torch.corrcoef(torch.cat([d, evaluate(reordered, x, labels)[0]], 1).T).nan_to_num()
+            d = energies(first, x)
+            reordered = matched(second, d, energies(second, x))
+            both = torch.corrcoef(torch.cat([d, energies(reordered, x)], 1).T).nan_to_num()
             columns.setdefault("correlation of matched units", []).append(
                 float(both[: d.shape[1], d.shape[1] :].diagonal().mean())
             )
@@ -109,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rate", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=3, help="number of initial weights minus one")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of pairs of different initial weights; one more is trained"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(markdown_table(connectivity(options)))

@@ -59,7 +59,8 @@ class PoolingClassifier(PointCloudClassifier):
             self.pool = _PyGPooling(pooling, self.width, num_components)
         self.head = nn.Sequential()
         left = num_parameters - sum(parameter.numel() for parameter in self.parameters())
-        # A head of width h has h^2 + linear h + constant parameters; h is the largest integer with at most those left.
+        # A head with hidden layers of width h has h^2 + linear h + constant parameters. h is the largest integer for
+        # which these are at most the parameters that are left.
         inputs = self.pool.out_features
         linear, constant = inputs + num_classes + 2, 2 * inputs + num_classes
         hidden = (math.isqrt(max(linear**2 + 4 * (left - constant), 0)) - linear) // 2
@@ -90,9 +91,10 @@ class _PyGPooling(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
         valid = x.new_ones(x.shape[:2]).bool() if mask is None else mask
-        rows, index = x[valid], valid.nonzero()[:, 0]
+        rows, (index, _) = x[valid], valid.nonzero(as_tuple=True)  # index: the set of each row
         if self.is_memory:
-            return self.inner(rows, index, max_num_nodes=None, batch_size=len(x))[0].flatten(1)
+            clusters, _ = self.inner(rows, index, max_num_nodes=None, batch_size=len(x))
+            return clusters.flatten(1)
         return self.inner(rows, index, dim_size=len(x))
 
 
@@ -129,7 +131,9 @@ def main(rounds: int = 15) -> None:
                 times[pooling].append((middle - start, time.process_time() - middle))
         print(f"\n| {name} | parameters | ms per cloud, training | ms per cloud, prediction |\n|---|---|---|---|")
         for pooling, module in modules.items():
-            training, prediction = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
+            training, prediction = (
+                1e3 / BATCH * statistics.median(column) for column in zip(*times[pooling], strict=True)
+            )
             print(
                 f"| {pooling} | {sum(p.numel() for p in module.parameters()):,} | {training:.3f} | {prediction:.3f} |"
             )

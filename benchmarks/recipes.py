@@ -24,6 +24,8 @@ from torch.nn.functional import cross_entropy
 from em_lightning.cli.recipes import find_recipe, load_recipe
 from em_lightning.studies import LayerReport
 
+ADAM = {"fused Adam": True, "default Adam": None}  # the argument ``fused`` of the optimizer of the loop
+
 
 class Loop:
     """The published training of ``decoder_free_sae`` or ``volume_control`` in plain PyTorch."""
@@ -117,10 +119,8 @@ def measure(recipe, root, rounds, validate):
             report.probe = report.figures = False  # made after training, which alone is timed
         cli.trainer.callbacks.insert(0, timed)
         cli.trainer.fit(cli.model, cli.datamodule)
+    # The first epoch, in which libraries allocate their memory, is not counted.
     return {name: statistics.median(seconds[1:]) for name, seconds in timed.seconds.items()}
-
-
-ADAM = {"fused Adam": True, "default Adam": None}
 
 
 def main():

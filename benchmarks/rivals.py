@@ -26,7 +26,8 @@ ITEMS, FEATURES, COMPONENTS, ITERATIONS = 1024, 3, 16, 20
 
 
 def scikit_learn(x, start):
-    fits = [sklearn_fit(x, start, b, ITERATIONS, "full") for b in range(len(x))]
+    options = {"iterations": ITERATIONS, "covariance": "full"}
+    fits = [sklearn_fit(x, start, index=i, **options) for i in range(len(x))]
     return [fit.score(points.numpy()) for fit, points in zip(fits, x, strict=True)]
 
 
@@ -85,7 +86,8 @@ def gmmx(x, start):
         weights = np.full(COMPONENTS, 1 / COMPONENTS, dtype=np.float32)
         model = GaussianMixtureModelJax.from_squeezed(means=means, covariances=covariances, weights=weights)
         fit = fitter.fit(x=jnp.asarray(points), gmm=model).gmm
-        scores.append(float(fitter.e_step(jnp.asarray(points), fit)[0]))
+        log_likelihood, _ = fitter.e_step(jnp.asarray(points), fit)
+        scores.append(float(log_likelihood))
     return scores
 
 

@@ -26,6 +26,7 @@ TABLES = {
 
 
 def timed(function, x):
+    """Return the milliseconds and the result of a call."""
     start = time.perf_counter()
     result = function(x)
     return 1e3 * (time.perf_counter() - start), result
@@ -43,7 +44,8 @@ def main():
             for index, cls in enumerate(classes):
                 elapsed, model = timed(cls(**options, random_state=0).fit, x)
                 times["fit"][index].append(elapsed)
-                times["predict"][index].append(timed(model.predict, x)[0])
+                elapsed, _ = timed(model.predict, x)
+                times["predict"][index].append(elapsed)
                 elapsed, score = timed(model.score, x)
                 times["score"][index].append(elapsed)
                 scores.append(score)

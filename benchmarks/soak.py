@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
 
-Each case runs in a separate process with a small model. Memory is the resident set; its growth is
-that from 10 % of the steps, after all warm-up allocations, to the end. The time of a step is processor time, which
-depends less on the load of the machine; the ratio is that of the last tenth of the steps to the second tenth. Hooks are
-counted over all modules, together with methods that surgery has wrapped on an instance. Reports write their tables and
-figures once per fit.
+Each case runs in a separate process with a small model. Memory is the resident set. Its growth is that from 10 % of the
+steps, after all warm-up allocations, to the end. The time of a step is processor time, which depends less on the load
+of the machine. The ratio is that of the last tenth of the steps to the second tenth. Hooks are counted over all
+modules, together with methods that surgery has wrapped on an instance. Reports write their tables and figures once per
+fit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Small(EMModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
-STEPS = 50_000
+STEPS = 50_000  # by default; the temperature is annealed over as many steps
 
 
 def annealed() -> list[lightning.Callback]:
@@ -60,17 +60,13 @@ def annealed() -> list[lightning.Callback]:
 
 
 @functools.cache
-def operated(folder: str) -> str:
+def checkpoint_with_surgery(folder: str) -> str:
     """Return the path of a checkpoint of a model with swapped activations."""
     model, data = subject("SwapActivations")
-    first = make_trainer(1, [callbacks.SwapActivations("signed")], folder)
-    first.fit(model, **data)
-    first.save_checkpoint(f"{folder}/operated.ckpt")
-    return f"{folder}/operated.ckpt"
-
-
-def clustering() -> list[lightning.Callback]:
-    return [studies.ClusteringReport()]
+    trainer = make_trainer(1, [callbacks.SwapActivations("signed")], folder)
+    trainer.fit(model, **data)
+    trainer.save_checkpoint(f"{folder}/surgery.ckpt")
+    return f"{folder}/surgery.ckpt"
 
 
 SCRATCH = tempfile.TemporaryDirectory()
@@ -83,11 +79,11 @@ CASES = {
     "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
     "StepSeeds": lambda: [callbacks.StepSeeds()],
-    "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
+    "RestoreSurgery": lambda: [callbacks.RestoreSurgery(checkpoint_with_surgery(SCRATCH.name))],
     "LayerReport": lambda: [studies.LayerReport(figures=False)],
     "MixtureReport": lambda: [studies.MixtureReport(sizes=(16, 32), num_pictured=2)],
     "SelectionReport": lambda: [studies.SelectionReport(components=[1, 3], max_iters=4)],
-    "ClusteringReport": clustering,
+    "ClusteringReport": lambda: [studies.ClusteringReport()],
 }
 
 
@@ -133,6 +129,7 @@ class Watch(lightning.Callback):
 
     def __init__(self, steps: int) -> None:
         self.every = max(steps // 10, 1)
+        # The first entry is made after one step, the second one after a tenth of the steps.
         self.notes: list[tuple[float, int, float]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -159,11 +156,11 @@ def soak(name: str, steps: int) -> str:
     model, data = subject(name)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         make_trainer(steps, [*CASES[name](), watch], folder).fit(model, **data)
-    memory, held, clock = zip(*watch.notes, strict=True)
+    memory, num_hooks, clock = zip(*watch.notes, strict=True)
     tenths = [b - a for a, b in zip(clock, clock[1:], strict=False)]
     growth = memory[-1] / memory[1] - 1
     return (
-        f"| {name} | {steps} | {memory[1]:.0f} | {100 * growth:+.2f} | {held[1]} | {held[-1]} | "
+        f"| {name} | {steps} | {memory[1]:.0f} | {100 * growth:+.2f} | {num_hooks[1]} | {num_hooks[-1]} | "
         f"{1e3 * tenths[1] / watch.every:.2f} | {tenths[-1] / tenths[1]:.2f} |"
     )
 
@@ -179,12 +176,13 @@ def fit_and_undo(name: str, fits: int) -> str:
                 if getattr(callback, "surgery", None) is not None:
                     callback.surgery.undo()
             notes.append((resident(), hooks(model), time.process_time() - start))
-    memory, held, seconds = zip(*notes, strict=True)
+    memory, num_hooks, seconds = zip(*notes, strict=True)
     tenth = max(fits // 10, 1)
     growth = memory[-1] / memory[tenth] - 1
     ratio = sum(seconds[-tenth:]) / sum(seconds[tenth : 2 * tenth])
     return (
-        f"| {name}, fit and undo | {fits} | {memory[tenth]:.0f} | {100 * growth:+.2f} | {held[0]} | {held[-1]} | "
+        f"| {name}, fit and undo | {fits} | {memory[tenth]:.0f} | {100 * growth:+.2f} | "
+        f"{num_hooks[0]} | {num_hooks[-1]} | "
         f"{1e3 * sum(seconds[tenth : 2 * tenth]) / tenth:.0f} | {ratio:.2f} |"
     )
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from em_lightning.mixture.backends import triton as kernels
 
-# Types of the arguments of the kernels, by name; tuples are those of tuples of arguments.
+# Types of the arguments of the kernels, by name. An argument that is a tuple has a tuple of types.
 POINTER = "*fp32"
 THREE = (POINTER,) * 3
 COMMON = {"x": (POINTER, "i64", "i64", "i64", "i32"), "mixture": (*THREE, POINTER, "i32", "i32"), "peak": POINTER}

@@ -63,7 +63,7 @@ def inline_formula(role):
 
 
 def rooms():
-    """Return the names of the packages and modules in the API reference."""
+    """Return the names of the packages and modules of em_lightning, its rooms, in the API reference."""
     paths = sorted((ROOT / "em_lightning").glob("*"))
     names = [path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").is_file()]
     return [name for name in names if name not in UNLISTED]
@@ -110,7 +110,7 @@ def parts_page():
 
 
 def pages_of(entries):
-    """Return the paths of pages below docs/; ``folder/*`` stands for those of a folder that are not named elsewhere."""
+    """Return the paths of pages below docs/; ``folder/*`` stands for all pages of a folder, without repetitions."""
     pages = []
     for entry in entries:
         folder, star, _ = entry.partition("*")
@@ -121,7 +121,7 @@ def pages_of(entries):
 
 
 def on_config(config):
-    """Make the navigation: a tab for each of four kinds of pages; Learn also has the pages of docs/ named nowhere."""
+    """Make the navigation: four tabs of pages. Learn also has those pages of docs/ that no list above names."""
     how_to, evidence = pages_of(HOW_TO), pages_of(EVIDENCE)
     learn = [page for page in pages_of([*LEARN, "*"]) if page not in {*PROJECT, *how_to, *evidence}]
     config.nav = [

@@ -81,9 +81,11 @@ def outliers() -> Figure:
     for ax, title, options in zip(axes, ("Gaussian", "Student-t and background"), ({}, robust), strict=True):
         operator = EMOperator(2, 2, **start, **options, prior={"covariance_strength": 1.0})
         mixture, _ = operator.fit(points, tol=1e-5)
-        found = none_of_the_above(operator.posterior(points, mixture))[0] > 0.5 if options else torch.zeros(250) > 0
-        scatter(ax, points[0, ~found])
-        scatter(ax, points[0, found], PALETTE[3], marker="x", linewidths=0.8, s=14)
+        is_outlier = torch.zeros(points.shape[1], dtype=torch.bool)
+        if "background" in options:
+            is_outlier = none_of_the_above(operator.posterior(points, mixture))[0] > 0.5
+        scatter(ax, points[0, ~is_outlier])
+        scatter(ax, points[0, is_outlier], PALETTE[3], marker="x", linewidths=0.8, s=14)
         ellipses(ax, mixture)
         ax.set(title=title, xlim=(-18, 26), ylim=(-18, 26))
     axes[0].set_ylabel("crosses: classified as outliers")
@@ -105,14 +107,14 @@ def any_kernel() -> Figure:
     corners = torch.tensor([[0.0, 0.0], [5.0, 5.0]])[torch.randint(0, 2, (1, 300))]
     points = corners + 2 * torch.rand(1, 300, 2) - 1
     line = torch.linspace(-2, 7, 181)
-    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     figure, axes = new_figure(2, 2, width=2.6, height=2.6)
     for ax, name, kernel in zip(axes, ("gaussian", "QuarticKernel"), ("gaussian", QuarticKernel()), strict=True):
         operator = GeneralizedEM(2, 2, kernel=kernel, num_iters=20)
         mixture = operator(points)
-        energies = KERNELS.build(kernel)(places.reshape(-1, 2), mixture.centers[0]).amin(-1)
+        energies = KERNELS.build(kernel)(grid.reshape(-1, 2), mixture.centers[0]).amin(-1)
         scatter(ax, points[0])
-        ax.contour(line, line, energies.reshape(181, 181), levels=[0.25, 0.5, 1.0, 2.0], colors=PALETTE[0])
+        ax.contour(line, line, energies.reshape(len(line), len(line)), levels=[0.25, 0.5, 1.0, 2.0], colors=PALETTE[0])
         ax.plot(*mixture.centers[0].T, "+", color=PALETTE[1], markersize=12)
         ax.set_title(name)
     return figure
@@ -178,19 +180,29 @@ def pyramid() -> Figure:
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     torch.manual_seed(0)
-    levels = [EMAbstraction(k, 2, f, 8, pitch=0.3).eval() for k, f in ((40, None), (14, 8), (1, 8))]
+    sizes = ((40, None), (14, 8), (1, 8))  # components of each level, and features of its items
+    levels = [
+        EMAbstraction(
+            num_components=components, num_coordinates=2, num_features=features, out_features=8, pitch=0.3
+        ).eval()
+        for components, features in sizes
+    ]
     coordinates, features, mask = batch.points, None, batch.mask
+    shown = 3  # the item of the batch that is drawn
     figure, axes = new_figure(4, 4, width=1.8, height=2.0, sharex=True, sharey=True)
-    scatter(axes[0], coordinates[3])
+    scatter(axes[0], coordinates[shown])
     axes[0].set_title("160 points")
     for ax, level in zip(axes[1:], levels, strict=True):
         with torch.no_grad():
             coordinates, features = level(coordinates, features, mask)
         mask = None
-        scatter(ax, batch.points[3], "#D0D0D0", s=3)
-        scatter(ax, coordinates[3], PALETTE[1], s=22)
+        scatter(ax, batch.points[shown], "#D0D0D0", s=3)
+        scatter(ax, coordinates[shown], PALETTE[1], s=22)
         ax.set_title(f"{coordinates.shape[1]} token" + "s" * (coordinates.shape[1] > 1))
     return figure
+
+
+NUM_TRAIN = 1200  # of the 1,797 digits
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -200,26 +212,27 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
 
 
-def train_classifier(em: bool) -> dict[str, list[float]]:
+def train_classifier(*, em: bool) -> dict[str, list[float]]:
     """Train a classifier of the digits, and return metrics of its second hidden layer after each epoch."""
     x, y = digits()
+    test_x, test_y = x[NUM_TRAIN:], y[NUM_TRAIN:]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
     losses = LayerwiseLoss(model, ["1", "3"], verbose=False) if em else None
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     history: dict[str, list[float]] = {"accuracy": []}
     for _ in range(20):
-        for batch in torch.randperm(1200).split(64):
+        for batch in torch.randperm(NUM_TRAIN).split(64):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             optimizer.zero_grad()
             (losses.add_to(loss) if losses else loss).backward()
             optimizer.step()
         with torch.no_grad():
             metrics = layer_metrics()
-            metrics.update(model[:4](x[1200:]))
+            metrics.update(model[:4](test_x))  # the outputs of the second ReLU
             for name, value in metrics.compute().items():
                 history.setdefault(name, []).append(float(value))
-            history["accuracy"].append(float((model(x[1200:]).argmax(-1) == y[1200:]).float().mean()))
+            history["accuracy"].append(float((model(test_x).argmax(-1) == test_y).float().mean()))
     return history
 
 
@@ -230,7 +243,7 @@ def layer_curves() -> Figure:
     names |= {"accuracy": "accuracy"}
     figure, axes = new_figure(4, 4, width=2.0, height=1.9)
     for em, label in ((False, "without"), (True, "with EM losses")):
-        history = train_classifier(em)
+        history = train_classifier(em=em)
         for ax, (name, title) in zip(axes, names.items(), strict=True):
             ax.plot(range(1, 21), history[name], label=label)
             ax.set(title=title, xlabel="epoch")

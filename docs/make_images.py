@@ -48,7 +48,7 @@ def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[fl
             right.plot(z, posterior.responsibilities[:, k], color=color)
             for ax in (left, right):
                 ax.axvline(center, color=color, linewidth=0.8, linestyle=":")
-        # The same window for all kernels shows their shapes; only dot products are negative.
+        # All kernels have the same window, so that their shapes can be compared; only dot products are negative.
         left.set(title=key, ylabel="energy", ylim=(-13, 13) if posterior.energies.min() < -1 else (-0.4, 9))
         right.set(ylabel="responsibility", ylim=(-0.04, 1.04))
     figure.supxlabel("z")
@@ -56,7 +56,8 @@ def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[fl
 
 
 _SIGNED_KERNELS = ("gaussian", "laplace", "student_t", "logistic", "huber", "pseudo_huber", "exponential")
-# Pre-activation of the second unit. Not 0: the gradient of a gated unit at 0 does not depend on the others.
+# Pre-activation of the second unit. It is not 0, because the output of a gated unit with pre-activation 0 is 0 whatever
+# the other units are.
 _RIVAL = 0.5
 
 
@@ -90,6 +91,7 @@ def activation_gallery(reach: float = 4.0, columns: int = 4) -> Figure:
 
 
 def _draw(ax: Axes, activation: Activation, reach: float) -> None:
+    """Draw the value and the derivatives of an activation."""
     z = torch.linspace(-reach, reach, 401, dtype=torch.float64)
     rival = torch.tensor([_RIVAL] if activation.competes else [], dtype=torch.float64)
 
@@ -107,7 +109,7 @@ def _draw(ax: Axes, activation: Activation, reach: float) -> None:
 
 # The classical settings that the validation clouds of docs/results/learned.md choose for 128 points with noise of 0.02.
 _TUNED = {"covariance_floor": 3e-3, "num_iters": 2}
-# Without four colours of tab20 that resemble others.
+# The colours of tab20 without four that resemble others.
 _COLORS = colormaps["tab20"]([k for k in range(20) if k not in (7, 9, 15, 19)])[:, :3]
 
 
@@ -127,13 +129,12 @@ def cloud_gallery(families: Sequence[str] = ("box", "chair", "moebius"), num_poi
         4
     """
     torch.manual_seed(0)
-    points, held_out = [], []
+    batches = []
     for family in families:
         data = ProceduralSurfaces(families=[family], num_points=1024, noise=0.02, seed=8, batch_size=1)
-        batch = next(iter(data.test_dataloader()))
-        points.append(batch.points[0, :num_points])
-        held_out.append(batch.held_out[0])
-    clouds, fresh = torch.stack(points), torch.stack(held_out)
+        batches.append(next(iter(data.test_dataloader())))
+    clouds = torch.cat([batch.points[:, :num_points] for batch in batches])
+    held_out = torch.cat([batch.held_out for batch in batches])
     start = {"init": "kmeans++", "num_starts": 8, "residual": False}
     fits = {
         "EM, 40 steps": EMOperator(16, 3, num_iters=40, covariance_floor=1e-6, **start).eval(),
@@ -149,28 +150,30 @@ def cloud_gallery(families: Sequence[str] = ("box", "chair", "moebius"), num_poi
         for name, mixture in mixtures.items():
             ax = next(panels)
             component = mixture.posterior(clouds).responsibilities[i].argmax(-1)
-            _spread(ax, clouds[i], _COLORS[component])
+            _scatter(ax, clouds[i], _COLORS[component])
             for k in component.unique().tolist():
-                _solid(ax, mixture.means[i, k], mixture.covariances[i, k], _COLORS[k])
-            level = float(mixture.log_prob(fresh)[i].mean())
-            ax.set_title(f"{name}\n{level:.2f}" if i == 0 else f"{level:.2f}")
+                _ellipsoid(ax, mixture.means[i, k], mixture.covariances[i, k], _COLORS[k])
+            likelihood = float(mixture.log_prob(held_out)[i].mean())
+            ax.set_title(f"{name}\n{likelihood:.2f}" if i == 0 else f"{likelihood:.2f}")
         ax = next(panels)
-        _spread(ax, fresh[i], NEUTRAL)
-        ax.set_title("held-out points\n" if i == 0 else "")
+        _scatter(ax, held_out[i], NEUTRAL)
+        ax.set_title("held-out points\n" if i == 0 else "")  # two lines, like the other titles
     return figure
 
 
-def _spread(ax: Any, cloud: Tensor, color: Any) -> None:
+def _scatter(ax: Any, cloud: Tensor, color: Any) -> None:
+    """Draw points (N, 3) in one colour or in N colours."""
     ax.scatter(*cloud.T.numpy(), c=color, s=7, linewidths=0, depthshade=isinstance(color, str))
     ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
     ax.set_axis_off()
     ax.set_box_aspect((1, 1, 1), zoom=1.5)
 
 
-def _solid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
+def _ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
+    """Draw the ellipsoid of a component at two standard deviations."""
     values, vectors = torch.linalg.eigh(covariance)
-    turn, polar = torch.meshgrid(torch.linspace(0, 2 * torch.pi, 33), torch.linspace(0, torch.pi, 17), indexing="ij")
-    sphere = torch.stack([turn.cos() * polar.sin(), turn.sin() * polar.sin(), polar.cos()], -1)
+    azimuth, polar = torch.meshgrid(torch.linspace(0, 2 * torch.pi, 33), torch.linspace(0, torch.pi, 17), indexing="ij")
+    sphere = torch.stack([azimuth.cos() * polar.sin(), azimuth.sin() * polar.sin(), polar.cos()], -1)
     surface = mean + 2.0 * sphere * values.clamp(min=0).sqrt() @ vectors.T
     ax.plot_surface(
         *surface.permute(2, 0, 1).numpy(), color=color, alpha=0.4, linewidth=0, lightsource=LightSource(225, 45)

@@ -24,7 +24,7 @@ def inside() -> str:
             name for name, cls in classes.items() if inspect.isclass(cls) and issubclass(cls, lightning.Callback)
         ]
     names["recipes"] = list(recipes())
-    rows = [f"| {kind} | {', '.join(each)} |" for kind, each in names.items()]
+    rows = [f"| {title} | {', '.join(parts)} |" for title, parts in names.items()]
     return "\n".join(["| | |", "|---|---|", *rows, ""])
 
 

@@ -41,9 +41,9 @@ class ImageClassifier(EMModule):
 
     :class:`~em_lightning.callbacks.SwapActivations` can replace ``activation1`` and ``activation2`` of its
     ``network``. In validation and test it logs accuracy, the expected calibration error with 15 bins, and for each of
-    the two activations, as ``val/activation1/...``, dead units, redundancy and effective rank. A unit is dead if its
-    variance is below 0.001 of the mean variance of its layer, as activations differ in scale. The units of a feature
-    map are its channels, and its positions are items. The output is the logits (N, C).
+    the two activations, as ``val/activation1/...``, dead units, redundancy and effective rank. As activations differ in
+    scale, a unit is dead if its variance is below 0.001 (chosen) of the mean variance of its layer. The units of a
+    feature map are its channels, and its positions are items. The output is the logits (N, C).
 
     Args:
         shape: shape of an image, channels first.
@@ -149,7 +149,7 @@ class SwapReport(LayerReport):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not self.initial:  # else a checkpoint has replaced the weights of the module, and restored the initial ones
+        if not self.initial:  # a resumed run has restored them from its checkpoint
             self.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,18 +161,18 @@ class SwapReport(LayerReport):
 
     def report(self, trainer: Any, module: Any, folder: Any) -> Any:
         """Add a column with the metrics of the baseline."""
-        found = super().report(trainer, module, folder)
-        is_swapped = any(isinstance(each, SwapActivations) for each in trainer.callbacks)
-        if found is None or not self.baseline or not is_swapped or trainer.world_size > 1:
-            return found
-        swapped, relu = found.facts["values"], self.values_of_baseline(trainer, module)
+        findings = super().report(trainer, module, folder)
+        is_swapped = any(isinstance(callback, SwapActivations) for callback in trainer.callbacks)
+        if findings is None or not self.baseline or not is_swapped or trainer.world_size > 1:
+            return findings
+        swapped, relu = findings.facts["values"], self.values_of_baseline(trainer, module)
         rows = [{"metric": name, "swapped": swapped[name], "ReLU": relu[name]} for name in relu]
         gain = swapped["accuracy %"] - relu["accuracy %"]
         verdict = (
             f"Accuracy {swapped['accuracy %']:.2f} %, with ReLU {relu['accuracy %']:.2f} %: {gain:+.2f} points in this "
             "run. --seeds 0,1,2,3,4 shows how much of this is chance."
         )
-        return found._replace(rows=rows, verdict=verdict, facts={**found.facts, "baseline": relu})
+        return findings._replace(rows=rows, verdict=verdict, facts={**findings.facts, "baseline": relu})
 
     @torch.enable_grad()
     def values_of_baseline(self, trainer: Any, module: Any) -> dict[str, float]:
@@ -194,8 +194,8 @@ class SwapReport(LayerReport):
             enable_progress_bar=False,
         )
         plain.fit(model, trainer.datamodule)
-        found: Any = history.report(plain, model.eval(), Path())
-        return found.facts["values"]
+        findings: Any = history.report(plain, model.eval(), folder=Path())
+        return findings.facts["values"]
 
 
 recipe = Recipe(

@@ -23,12 +23,12 @@ class AmortizedClustering(EMModule):
     .. math:: p(x) = \frac{n \sum_k \pi_k N(x | \mu_k, \sigma_k^2 I) + c\, N(x | \bar x, s^2 I)}{n + c}
 
     Three parts are learned: the **prior** of scales and weights, whose pseudo-counts the M-step adds; the
-    **corrections** of means and scales; and the background, an explicit **"none of the above" component** about the
-    mean of the set with pseudo-count c and scale s. Without it, a cluster that has no point in a set would cost tens
-    of nats per held-out point of this cluster.
+    **corrections** of means and scales; and the background, an explicit **"none of the above" component** around the
+    mean of the set with pseudo-count c and scale s. Without the background, each held-out point of a cluster that has
+    no point in the set would cost tens of nats.
 
     Args:
-        num_components: K; ``load_from_checkpoint(path, num_components=...)`` can change it: no parameter depends on it.
+        num_components: K; no parameter depends on it: ``load_from_checkpoint(path, num_components=...)`` may change it.
         num_features: D.
         num_iters: T, EM iterations per set.
         init: initialization of the centers, as in :class:`~em_lightning.EMOperator`.
@@ -84,7 +84,7 @@ class AmortizedClustering(EMModule):
         options: dict[str, Any] = {"covariance": "spherical", "init": init, "residual": residual, "prior": prior}
         options |= {"num_iters": num_iters, "num_starts": num_starts if init != "farthest" else 1}
         self.operator = EMOperator(num_components, num_features, **options)
-        # log c and log s of the background, which is initially ten times as wide as a component, to cover a set.
+        # log c and log s of the background. Initially s is 5 with the default prior_scale, to cover sets in [-4, 4].
         self.log_count = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 
@@ -109,14 +109,12 @@ class AmortizedClustering(EMModule):
 
     def step(self, batch: MixtureSetBatch, stage: str) -> dict[str, Tensor]:
         mixture = self(batch.points, batch.mask)
-        held_out = self.log_prob(mixture, batch.held_out, batch.points, batch.mask).mean()
-        return {"loss": -held_out, "gap_to_oracle": held_out - batch.truth.log_prob(batch.held_out).mean()}
+        log_likelihood = self.log_prob(mixture, batch.held_out, batch.points, batch.mask).mean()
+        return {"loss": -log_likelihood, "gap_to_oracle": log_likelihood - batch.truth.log_prob(batch.held_out).mean()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
         correction = self.operator.correction
+        corrections = [] if correction is None else list(correction.parameters())
         others = [*self.operator.prior.parameters(), self.log_count, self.log_scale]
-        return [
-            {"params": [] if correction is None else list(correction.parameters())},
-            {"params": others, "lr": self.prior_lr},
-        ]
+        return [{"params": corrections}, {"params": others, "lr": self.prior_lr}]

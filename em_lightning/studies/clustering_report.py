@@ -92,11 +92,11 @@ def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, FitFunc
     fits = {
         "EM from random points, 100 steps": classical(100, init="random"),
         "EM from k-means++, 100 steps": classical(100, init="kmeans++"),
-        "EM from farthest points, 1 step": classical(1),
-        "EM from farthest points, 25 steps": classical(25),
-        "EM from farthest points, 50 steps": classical(50),
+        "EM from farthest points, 1 step": classical(1, init="farthest"),
+        "EM from farthest points, 25 steps": classical(25, init="farthest"),
+        "EM from farthest points, 50 steps": classical(50, init="farthest"),
         "EM, best of 10 k-means++, 100 steps": classical(100, init="kmeans++", num_starts=10),
-        "MAP with known sigma, farthest points, 25 steps": classical(25, prior=prior),
+        "MAP with known sigma, farthest points, 25 steps": classical(25, init="farthest", prior=prior),
     }
     for steps in (trained.num_iters, 20, 40):
         fits[f"EM from the starts of the trained operator, {steps} steps"] = from_trained_start(steps)
@@ -116,14 +116,14 @@ def _measure(
         points, mask, held_out, labels, _ = batch
         began = time.perf_counter()
         mixture = fit(batch)
-        density = log_prob(mixture, held_out, points, mask) if log_prob else mixture.log_prob(held_out)
+        held_out_log_prob = log_prob(mixture, held_out, points, mask) if log_prob else mixture.log_prob(held_out)
         seconds += time.perf_counter() - began
         diagonal = Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
         improved = em_step(points, diagonal, mask)
         predicted = mixture.posterior(points).responsibilities.argmax(-1)
         columns["LL0"].append(mixture.log_prob(points, mask).sum(-1) / mask.sum(-1))
         columns["LL1"].append(improved.log_prob(points, mask).sum(-1) / mask.sum(-1))
-        columns["held out"].append(density.mean(-1))
+        columns["held out"].append(held_out_log_prob.mean(-1))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse invariant checks")  # raised for a tensor of torchmetrics
             sets = zip(predicted, labels, mask, strict=True)

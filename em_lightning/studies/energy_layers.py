@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ class EnergyLayer(EMModule):
     Args:
         num_features: D.
         num_components: K, the number of competing units.
-        **options: ``lr`` and ``optimizer`` of :class:`~em_lightning.modules.EMModule`.
+        **options: arguments of :class:`~em_lightning.modules.EMModule`, such as ``lr`` and ``optimizer``.
 
     Shape:
         - batch: x (N, ...) with D features per item, and labels y (N,).
@@ -58,7 +56,8 @@ class EnergyLayer(EMModule):
         x, y = batch
         energies = self.energies(x)
         terms = self.loss_terms(x, y, energies, stage)
-        terms = {"loss": reduce(add, terms.values()), **terms}
+        loss: Any = sum(terms.values())
+        terms = {"loss": loss, **terms}
         if stage != "train":
             self.metrics_of(stage)["energies"].update(energies)
             terms["weight_redundancy"] = WeightRedundancyLoss()(self.prototypes)
@@ -105,8 +104,8 @@ class DecoderFreeEncoder(EnergyLayer):
 class SparseAutoencoder(EnergyLayer):
     r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
 
-    Its ``energies(x)`` are a, without a competition. The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with
-    :math:`\lambda` = ``sparsity``. The output is the reconstruction (N, D).
+    ``energies(x)`` returns :math:`a`. The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with
+    :math:`\lambda` = ``sparsity``: units do not compete. The output is the reconstruction (N, D).
     """
 
     def __init__(
@@ -129,10 +128,10 @@ class SparseAutoencoder(EnergyLayer):
 class EMClassifier(EnergyLayer):
     r"""A classifier with one hidden layer of energies and volume control on them.
 
-    With :math:`y = d + \log \sum_j e^{-d_j}`, or :math:`y = d` without ``neg_log_softmin``, and logits
-    :math:`\mathrm{LayerNorm}(V y + c)` (N, C), the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation
-    of d :math:`)` with :math:`\lambda` = ``weight``; the arguments ``variance`` and ``decorrelation`` multiply their
-    terms. Cross-entropy takes the place of the free energy of :class:`DecoderFreeEncoder`.
+    From the energies d (N, K), the activation is :math:`y = d + \log \sum_j e^{-d_j}`, or :math:`y = d` without
+    ``neg_log_softmin``. A linear head and a LayerNorm turn y into logits (N, C). The loss is cross-entropy, in place of
+    the free energy of :class:`DecoderFreeEncoder`, plus the variance and decorrelation losses of d, times
+    ``weight * variance`` and ``weight * decorrelation``.
 
     Example:
         >>> module = EMClassifier(num_features=64, num_components=16)
@@ -161,7 +160,8 @@ class EMClassifier(EnergyLayer):
         self.save_hyperparameters()
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
-        self.loss = EMLoss(0.0, weight * variance, weight * decorrelation) if weight else None
+        factors: dict[str, Any] = {"variance": weight * variance, "decorrelation": weight * decorrelation}
+        self.loss = EMLoss(free_energy=0.0, **factors) if weight else None
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:

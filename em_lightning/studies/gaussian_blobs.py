@@ -34,7 +34,7 @@ class GaussianBlobs(TabularDataModule):
         '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
     """
 
-    # Set by ``setup``. Not None, with which a TabularDataModule has no held-out rows.
+    # ``setup`` sets data and held_out. Until then held_out is "", as None would mean that no rows are held out.
     data: Tensor | str = field(init=False, default="")
     weights: None = field(init=False, default=None)
     held_out: Tensor | str | None = field(init=False, default="")
@@ -52,16 +52,16 @@ class GaussianBlobs(TabularDataModule):
     def truth(self) -> Mixture:
         """Return the mixture from which the rows are drawn, one set in float64."""
         generator = torch.Generator().manual_seed(self.seed)
-        size, features = self.true_components, self.num_features
+        size, dim = self.true_components, self.num_features  # K and D
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
         # Weights differ by a factor of at most 3; per feature, deviations are near 1 and means about 3 from 0.
         weights = 0.5 + torch.rand(size, **options)
-        means = 3.0 * torch.randn(size, features, **options)
-        root = torch.randn(size, features, features, **options) / features**0.5 + 0.5 * torch.eye(features).double()
+        means = 3.0 * torch.randn(size, dim, **options)
+        root = torch.randn(size, dim, dim, **options) / dim**0.5 + 0.5 * torch.eye(dim).double()
         return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
 
-    def _draw(self, stream: int, rows: int) -> Tensor:
-        """Return rows of the data, stream 1, or of the held-out data, stream 2."""
+    def _draw(self, rows: int, *, stream: int) -> Tensor:
+        """Return rows of the mixture; a stream is a sequence of random numbers: 1 for the data, 2 for held-out rows."""
         truth, generator = self.truth(), generator_of(self.seed, stream)
         factors = torch.linalg.cholesky(truth.covariances[0])
         label = torch.multinomial(truth.weights[0], rows, replacement=True, generator=generator)
@@ -74,7 +74,7 @@ class GaussianBlobs(TabularDataModule):
     def prepare_data(self) -> None:
         if self.path is None or self.path.exists():
             return
-        rows = self._draw(1, self.num_points).numpy()
+        rows = self._draw(self.num_points, stream=1).numpy()
         # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
@@ -85,8 +85,8 @@ class GaussianBlobs(TabularDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self.tables:
-            self.data = self._draw(1, self.num_points) if self.path is None else str(self.path)
-            self.held_out = self._draw(2, self.held_out_points)
+            self.data = self._draw(self.num_points, stream=1) if self.path is None else str(self.path)
+            self.held_out = self._draw(self.held_out_points, stream=2)
             super().setup()
             train = self.tables["train"]
             train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"

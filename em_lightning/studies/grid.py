@@ -11,8 +11,8 @@ A config with the entry ``table`` describes such a table, which can be continued
           published: {dead_units: 64}
           checked: {dead_units: 64}
 
-``checked`` values are of an independent reproduction. A table without published values names its ``columns``, such as
-``[accuracy %, dead_units]``; a row with ``against: ROW`` is compared with ROW in the first column, seed by seed.
+``checked`` values are those of an independent reproduction. A table without published values names its ``columns``,
+such as ``[accuracy %, dead_units]``. A row with ``against: ROW`` is compared with ROW in the first column at each seed.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def run_table(
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
         command: the command that makes the table, for its first note.
-        jobs: number of parallel processes; ``None`` takes the number of GPUs if the recipe trains on GPUs, each process
-            with one of its own, and otherwise the number of cores.
+        jobs: number of parallel processes. With ``None`` there is one per GPU if the recipe trains on GPUs, otherwise
+            one per core.
 
     Raises:
         ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.

@@ -31,7 +31,7 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     bright = images.flatten(1) > threshold * (255 if images.dtype == torch.uint8 else 1)
     counts = bright.sum(1)
     image, pixel = bright.nonzero(as_tuple=True)
-    position = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    position = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]  # of each pixel among those of its image
     pixels = torch.zeros(len(images), max(int(counts.max()), 1), dtype=torch.int32)
     pixels[image, position] = pixel.int()
     return pixels, counts
@@ -105,9 +105,9 @@ class ImagePointSets(TensorDataModule):
     def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""
         counts = counts.unsqueeze(1)
-        # A random order of the bright pixels. Images without bright pixels get padding, which the mask hides.
-        noise = torch.rand(pixels.shape, generator=generator)
-        order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
+        # A random order of the bright pixels, then the padding (key 2), which only images without bright pixels draw.
+        keys = torch.rand(pixels.shape, generator=generator)
+        order = keys.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
         positions = torch.arange(self.num_points) % counts.clamp(min=1)
         drawn = pixels.gather(1, order.gather(1, positions)).long()
         _, height, width = self.dataset.shape

@@ -20,9 +20,9 @@ _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 class LayerReport(Report):
     """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
-    The table has the validation metrics and the mean training loss of an epoch, both averaged over the last
-    validations, and the number of parameters. The figures are ``prototypes`` (weights as images) and ``training``. With
-    ``probe=False`` and ``figures=False`` the module may be any that logs ``val/...`` in validation.
+    The table has the validation metrics, the mean training loss of the epoch that each validation follows, and the
+    number of parameters; metrics and loss are means over the last validations. The figures are ``prototypes`` (weights
+    as images) and ``training``. With ``probe=False`` and ``figures=False`` any module that logs ``val/...`` will do.
 
     Args:
         last_epochs: number of the last validations that are averaged.
@@ -83,8 +83,8 @@ class LayerReport(Report):
         row["parameters"] = sum(parameter.numel() for parameter in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            features = [module.energies(x.to(module.device)) for x in (train.x, test.x)]
-            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
+            train_energies, test_energies = (module.energies(part.x.to(module.device)) for part in (train, test))
+            row["probe"] = linear_probe(train_energies, train.y, test_energies, test.y)
         percents = {f"{name} %": 100 * row.pop(name) for name in _IN_PERCENT if name in row}
         return {**row, **percents}
 
@@ -95,7 +95,7 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))  # scikit-learn's digits take 29
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))  # the digits take 29 iterations
     probe.fit(features.detach().cpu().numpy(), labels.cpu().numpy())
     return float(probe.score(test_features.detach().cpu().numpy(), test_labels.cpu().numpy()))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.plots import mixture_grid
-from em_lightning.studies.density_fits import TRAINED, Clouds, Result, compare, em_operator, sklearn_mixtures
+from em_lightning.studies.density_fits import TRAINED, Clouds, Result, compare_fits, em_operator, sklearn_mixtures
 from em_lightning.studies.page import scene, write_page
 from em_lightning.studies.report import Findings, Report, batches_on, curves
 
@@ -48,10 +48,11 @@ class MixtureReport(Report):
         torch.manual_seed(data.seed)
         val, test = (batches_on(module.device, loader) for loader in (data.val_dataloader(), data.test_dataloader()))
         results: dict[int, dict[str, Result]] = {}
-        for size in self.sizes:
-            val_clouds, test_clouds = clouds_of(val, size), clouds_of(test, size)
-            if val_clouds and test_clouds:
-                results[size] = compare(module, val_clouds, test_clouds, self.sklearn)
+        test_clouds: dict[int, Any] = {size: clouds_of(test, size) for size in self.sizes}
+        for size, clouds in test_clouds.items():
+            val_clouds = clouds_of(val, size)
+            if val_clouds and clouds:
+                results[size] = compare_fits(module, val_clouds, clouds, self.sklearn)
         if not results:
             raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
         scores = {size: {name: result.scores for name, result in row.items()} for size, row in results.items()}
@@ -64,11 +65,11 @@ class MixtureReport(Report):
             verdict,
         ]
         settings = {size: {name: dict(result.setting) for name, result in row.items()} for size, row in results.items()}
-        size = sorted(results)[len(results) // 2]  # of the clouds in the pictures
+        size = sorted(results)[len(results) // 2]  # the middle size, of the clouds in the pictures
         labels = [label for batch in test for label in batch.label[batch.mask.sum(1) >= size].tolist()]
         # One cloud of each class comes first.
         rows = sorted(range(len(labels)), key=lambda row: labels[:row].count(labels[row]))[: self.num_pictured]
-        shown = Clouds(*(part[rows] for part in clouds_of(test, size) or ()))
+        shown = Clouds(*(part[rows] for part in test_clouds[size]))
         titles = [f"{data.class_names[labels[row]]}, N = {size}" for row in rows]
         fits = self._fits(module, shown.points, settings[size])
         scenes = []
@@ -83,9 +84,9 @@ class MixtureReport(Report):
     def _curves(self, results: Results) -> dict[str, Any]:
         # EM with fixed numbers of steps is left out, so that curves can be told apart.
         names = [name for name in next(iter(results.values())) if not name.endswith(" steps")]
-        levels = {name: [float(row[name].scores.mean()) for row in results.values()] for name in names}
-        by_size = {name: (list(results), levels[name]) for name in names}
-        by_time = {name: ([1e3 * row[name].seconds for row in results.values()], levels[name]) for name in names}
+        likelihoods = {name: [float(row[name].scores.mean()) for row in results.values()] for name in names}
+        by_size = {name: (list(results), likelihoods[name]) for name in names}
+        by_time = {name: ([1e3 * row[name].seconds for row in results.values()], likelihoods[name]) for name in names}
         return {
             "sizes": curves(by_size, "number of points", _LIKELIHOOD, log_x=True),
             "times": curves(by_time, "ms per cloud (one dot for each number of points)", _LIKELIHOOD, log_x=True),
@@ -113,7 +114,7 @@ def _side_by_side(clouds: Clouds, fits: Mapping[str, Sequence[Mixture]], titles:
     scores = {name: mixture.log_prob(clouds.held_out).mean(1).tolist() for name, mixture in pair.items()}
     named = [f"{title}\n{name}: {scores[name][i]:.2f}" for i, title in enumerate(titles) for name in pair]
     mixtures = _joined([mixture[i] for i in range(len(titles)) for mixture in pair.values()])
-    return mixture_grid(clouds.points.repeat_interleave(2, 0), mixtures, None, named)
+    return mixture_grid(clouds.points.repeat_interleave(2, dim=0), mixtures, titles=named)
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:

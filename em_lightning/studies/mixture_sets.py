@@ -30,7 +30,7 @@ class MixtureSetBatch(NamedTuple):
 class MixtureSets(SplitDataModule):
     r"""Sets of n ~ Uniform{min_points..max_points} points, each from its own random mixture.
 
-    .. math:: \mu_k \sim U([-a, a]^D), \quad \pi \sim \text{Dirichlet}(\alpha), \quad x_n \sim
+    .. math:: \mu_k \sim U([-a, a]^D), \quad \pi \sim \text{Dirichlet}(\alpha), \quad x_i \sim
         \textstyle\sum_k \pi_k N(\mu_k, \sigma^2 I)
 
     Training sets are resampled every epoch; validation and test sets are fixed by the seed. A batch is a function

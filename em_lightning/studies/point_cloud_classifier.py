@@ -21,12 +21,12 @@ class PointCloudClassifier(EMModule):
 
     With ``pooling="em"`` a mixture is fitted to the points, and v holds its parameters and the mean features of each
     component; the fit starts from learned components, so that they correspond between clouds. ``"max"`` takes the
-    maximum of each feature, as in PointNet. A subclass may set another ``pool``, a module with the attribute
-    ``out_features`` that is called as :class:`~em_lightning.operators.EMPooling` is, and the ``head`` that
-    :meth:`make_head` returns for it.
+    maximum of each feature, as in PointNet. A subclass may set another ``pool``, which is called as
+    :class:`~em_lightning.operators.EMPooling` is, and ``head = self.make_head(size, hidden)`` for its output (B, size).
 
-    The MLP of each point does not depend on its neighbours. ``levels`` replaces it by levels of
-    :class:`~em_lightning.operators.EMAbstraction`: components are the items of the next level; the last are pooled.
+    The MLP of a point does not see its neighbours. ``levels`` replaces the MLP by levels of
+    :class:`~em_lightning.operators.EMAbstraction`. The components of a level are the items of the next one; those of
+    the last level are pooled.
 
     Args:
         num_classes: C.

@@ -79,7 +79,7 @@ def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:
         row = dict(same_row[0])
         for name, value in row.items():
             if isinstance(value, float):
-                row[name] = spread([each[name] for each in same_row])
+                row[name] = spread([of_seed[name] for of_seed in same_row])
         combined.append(row)
     return combined
 
@@ -119,8 +119,9 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
         ('-0.2', 'no')
     """
     parsed = [parse_number(value) for value in (published, checked) if value is not None]
-    difference = statistics.fmean(values) - parsed[0][0]
-    allowed = max(deviation for _, deviation, _ in parsed) + parsed[0][2]
+    subtracted, _, half_digit = parsed[0]
+    difference = statistics.fmean(values) - subtracted
+    allowed = max(deviation for _, deviation, _ in parsed) + half_digit
     return {
         "published": "" if published is None else str(published),
         "checked": "" if checked is None else str(checked),

@@ -41,7 +41,7 @@ class SelectionReport(Report):
         self.components = list(components)
         self.max_iters = max_iters
         self.sklearn_rows = sklearn_rows
-        self._before = self._began = 0.0  # seconds of the run before it was resumed; start on the clock
+        self._before = self._began = 0.0  # seconds before a resumption; clock at the start minus these seconds
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seconds": time.perf_counter() - self._began}
@@ -68,34 +68,34 @@ class SelectionReport(Report):
         bic_of_truth = {}
         if isinstance(data, GaussianBlobs):
             rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
-            bic_of_truth = {rows[1]["mixture"]: rows[1]["BIC"]}
+            bic_of_truth = {rows[-1]["mixture"]: rows[-1]["BIC"]}
         if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
             rows.append(self._sklearn(module, data))
-        others = [self._em(size, module, data) for size in self.components]
+        others = [self._em(num_components, module, data) for num_components in self.components]
         notes = [
             f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
-            f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row, BIC and AIC of the "
-            f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
-            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer; "
-            "those of a resumed run are the sum of its parts, each until the checkpoint that was resumed.",
+            f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row. BIC and AIC are of the "
+            f"fitted rows; lower is better. EM starts with {module.hparams['init']} on {module.sample_size:,} rows, "
+            f"scikit-learn with its own default. Seconds are wall-clock on this machine; those of this run include the "
+            "Trainer. A resumed run counts each of its parts up to the checkpoint from which the next part resumed.",
         ]
         bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}
         if others:
             series = {"EM": (list(bic), list(bic.values()))}
             figures["selection"] = curves(series, "number of components K", "BIC", "Selection", bic_of_truth)
-        best = min(bic, key=lambda size: bic[size])
+        best = min(bic, key=lambda num_components: bic[num_components])
         verdict = f"BIC is lowest for K = {best} of {list(bic)}: {bic[best]}."
         return Findings("One mixture of one data set", notes, rows + others, verdict, figures, {"seed": module.seed})
 
-    def _em(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
+    def _em(self, num_components: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         """Return the row of EM with another number of components."""
         blocks = data.blocks(whole=True)
         points, weights = blocks.sample(module.sample_size, module.seed)
         init, floor = module.hparams["init"], module.covariance_floor
         seed = None if init == "farthest" else module.seed  # farthest points are not random
         options = {"init": init, "seed": seed, "covariance_floor": floor, "residual": False}
-        operator = EMOperator(size, data.num_features, covariance=module.covariance, **options)
+        operator = EMOperator(num_components, data.num_features, covariance=module.covariance, **options)
         began = time.perf_counter()
         sample_weights = None if weights is None else weights[None].double()
         start = operator(points[None].double(), weights=sample_weights, num_iters=0)
@@ -154,7 +154,7 @@ def _picture(mixture: Mixture, data: TabularDataModule) -> Any:
     _, _, axes = torch.linalg.svd(mixture.means[0] - mixture.means.mean(1), full_matrices=True)
     plane = torch.zeros(points.shape[1], 2).double()  # with one feature, the second axis stays empty
     plane[:, : len(axes[:2])] = axes[:2].mT
-    # The variance along an empty axis must be positive.
+    # 1e-9, chosen, keeps the variance along an empty axis positive.
     covariances = plane.mT @ mixture.full().covariances @ plane + 1e-9 * torch.eye(2).double()
     projected = Mixture(mixture.log_weights, mixture.means @ plane, covariances)
     return mixture_grid((points @ plane)[None], projected, titles=["rows and components"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from em_lightning.data.point_clouds import PointCloudDataModule, Shape, ShapeSou
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
 
 
-@lru_cache(maxsize=64)
+@cache
 def _grid_faces(rows: int, columns: int) -> Tensor:
     """Return the faces (F, 3) of a grid; its cells are cut into two triangles by the diagonal from the upper left."""
     index = torch.arange(rows * columns).view(rows, columns)
@@ -30,7 +30,7 @@ def _grid(points: Tensor) -> Mesh:
     return points.reshape(-1, 3), _grid_faces(*points.shape[:2])
 
 
-@lru_cache(maxsize=16)
+@cache
 def _linspace(low: float, high: float, steps: int) -> Tensor:
     return torch.linspace(low, high, steps, dtype=torch.float64)
 
@@ -86,7 +86,7 @@ class _RandomSurfaces:
 
     Superellipsoids (Barr, 1981) range from rounded boxes to pinched stars; a vase is an open surface of revolution
     whose radius is a sine of the height; a knot is a tube along the torus knot (2, 3) or (3, 2). Tables and chairs keep
-    the hidden faces at which their boxes touch.
+    the hidden faces at which their boxes touch. Ranges and resolutions are chosen, not measured.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -99,7 +99,7 @@ class _RandomSurfaces:
     def _integer(self, low: int, high: int) -> int:
         return math.floor(self._draw(low, high + 1))
 
-    def _superellipsoid(self, exponents: tuple[float, float], shortest: float) -> Mesh:
+    def _superellipsoid(self, exponents: tuple[float, float], min_axis: float) -> Mesh:
         def power(value: Tensor, exponent: float) -> Tensor:
             return value.sign() * value.abs() ** exponent
 
@@ -108,7 +108,7 @@ class _RandomSurfaces:
         flat = power(latitude.cos(), exponents[0])
         x, y = flat * power(longitude.cos(), exponents[1]), flat * power(longitude.sin(), exponents[1])
         grid = torch.stack([x, y, power(latitude.sin(), exponents[0]).expand(-1, 49)], -1)
-        return _grid(grid * torch.tensor([self._draw(shortest, 1), self._draw(shortest, 1), 1], dtype=torch.float64))
+        return _grid(grid * torch.tensor([self._draw(min_axis, 1), self._draw(min_axis, 1), 1], dtype=torch.float64))
 
     def sphere(self) -> Mesh:
         return self._superellipsoid((1.0, 1.0), 1.0)
@@ -136,10 +136,10 @@ class _RandomSurfaces:
 
     def prism(self) -> Mesh:
         h = self._draw(0.3, 1.5)
-        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])  # 4: a box
+        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])  # 4 give a box
 
     def capsule(self) -> Mesh:
-        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)  # even, as an angle of 0 has the sign 0
+        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)  # an even count: without the angle 0
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:
