@@ -213,8 +213,8 @@ class WatchedDDPStrategy(DDPStrategy):
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
     can reach. Lightning then connects the ranks a second time, for ``prepare_data``, and waits without limit. Here both
-    connections end within twice ``timeout``, each later communication within ``timeout``: two minutes by choice, where
-    Lightning's default is 30. Further arguments are those of ``DDPStrategy``.
+    connections end within twice ``timeout``, each later communication within ``timeout``. Its default of two minutes is
+    chosen (Lightning's is 30). Further arguments are those of ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:

@@ -162,9 +162,9 @@ class Softmax:
     def _hypotheses_last(self, x: Tensor, padding: float) -> Tensor:
         if self.index is None:
             return x.movedim(self.axes, tuple(range(-len(self.axes), 0))).flatten(-len(self.axes))
-        counts = self.index.unique(return_counts=True)[1].tolist()
-        groups = x.movedim(self.axes[0], 0)[self.index.argsort()].split(counts)
-        per_group = max(counts) * x.numel() // len(self.index)  # numbers with padding
+        _, counts = self.index.unique(return_counts=True)
+        groups = x.movedim(self.axes[0], 0)[self.index.argsort()].split(counts.tolist())
+        per_group = int(counts.max()) * x.numel() // len(self.index)  # numbers with padding
         some = groups[: max(1, _LARGEST // per_group)]
         return pad_sequence(some, batch_first=True, padding_value=padding).movedim(1, -1)
 

@@ -80,7 +80,7 @@ class UnitAxis:
     def _decide(self, shape: Sequence[int]) -> int:
         widths_by_type = ((1, self.channel_widths), (-1, self.feature_widths))
         by_type = [axis for axis, widths in widths_by_type if shape[axis] in widths]
-        if len(shape) > 3 and by_type == [1]:  # (B, C, H, W), whose W may have a likelier width by chance
+        if len(shape) > 3 and by_type == [1]:  # (B, C, H, W), whose W may equal a likelier width by chance
             return 1
         by_width = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
         likeliest = next(filter(None, by_width), [])  # the axes of the likeliest width that an axis has

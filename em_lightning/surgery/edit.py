@@ -303,7 +303,7 @@ def change_sites(
             "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
             "init_args": arguments_of(make),
             "calls": calls,
-            "target": [],  # of the functions whose calls are replaced
+            "target": [],  # the classes of replaced functions, filled by swap_calls
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])

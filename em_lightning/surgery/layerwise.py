@@ -61,7 +61,7 @@ class LayerwiseLoss:
 
     Attributes:
         step: the current step; :meth:`add_to` adds 1 to it.
-        values: terms and weight of each layer in the last :meth:`add_to`; the weight includes :meth:`factor`.
+        values: for logging, from the last :meth:`add_to`: unweighted terms, and weights w_l times :meth:`factor`.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -173,7 +173,7 @@ class LayerwiseLoss:
         self.taps.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the averages of ``weight="auto"``, the axes, and the layers with ``alone`` calls."""
+        """Return the step, averages of ``weight="auto"``, axes, and layers that one optimizer has trained alone."""
         axes = {path: dict(axis.decided) for path, axis in self.taps.axes.items()}
         norms = {path: dataclasses.asdict(norms) for path, norms in self.norms.items()}
         return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone), "axes": axes}

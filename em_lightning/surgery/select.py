@@ -71,14 +71,14 @@ def walk(model: nn.Module) -> Iterator[Site]:
         functions = {name: each for name, each in vars(parent).items() if callable(each) and inspect.isroutine(each)}
         # named_children() leaves out an instance's second name
         for name, value in [*parent._modules.items(), *functions.items()]:
-            if (id(parent), name) in seen or any(value is above for above in ancestors):  # above: a reference back
+            if (id(parent), name) in seen or any(value is above for above in ancestors):  # visited, or an ancestor
                 continue
             seen.add((id(parent), name))
             if isinstance(value, nn.Module):
                 yield Site(prefix + name, value, parent, name, ancestors)
                 yield from visit(value, f"{prefix}{name}.", ancestors)
             elif value in FUNCTIONS:
-                yield Site(prefix + name, FUNCTIONS[value](), parent, name, ancestors, value)
+                yield Site(prefix + name, FUNCTIONS[value](), parent, name, ancestors, function=value)
 
     return visit(model, "", ())
 
