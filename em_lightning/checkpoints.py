@@ -29,14 +29,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DistributedSampler
-from typing_extensions import override
 
 from em_lightning.distributed import is_distributed
 from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
-_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # names of paths end so; these may differ between ranks
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of paths, which may differ between ranks
 _REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
@@ -116,7 +115,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         ['last.ckpt'] {'state_dict': {}}
     """
 
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -126,7 +124,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_whole(path, buffer.getbuffer())
 
-    @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
@@ -143,17 +140,18 @@ def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
     if not is_distributed():
         return
     values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (socket.gethostname(), values, remedy))
-    for name in dict.fromkeys(name for _, theirs, _ in ranks for name in theirs):
-        found = [theirs.get(name, "missing") for _, theirs, _ in ranks]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), values, remedy))
+    hosts, values_by_rank, remedies = zip(*gathered, strict=True)
+    places = [f"on host {host} (rank {rank})" for rank, host in enumerate(hosts)]
+    for name in dict.fromkeys(name for theirs in values_by_rank for name in theirs):
+        found = [theirs.get(name, "missing") for theirs in values_by_rank]
         common = Counter(found).most_common(1)[0][0]  # in a tie, the value of the lowest rank
-        hosts = [f"on host {host} (rank {rank})" for rank, (host, _, _) in enumerate(ranks)]
-        others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
+        others = [f"{value} {place}" for value, place in zip(found, places, strict=True) if value != common]
         if others:
             raise ValueError(
                 f"the ranks must have the same {name}: it is {'; '.join(others[:4])}, but {common} "
-                f"{hosts[found.index(common)]}. {ranks[0][2]}"
+                f"{places[found.index(common)]}. {remedies[0]}"
             )
 
 
@@ -163,7 +161,6 @@ class RankAgreement(lightning.Callback):
     A difference raises ValueError on every rank, with its name, values and hosts. ``EMModule`` includes the checks.
     """
 
-    @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not is_distributed():
@@ -187,7 +184,6 @@ class RankAgreement(lightning.Callback):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
         check_agreement(facts)
 
-    @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         path = Path(trainer.ckpt_path or "none")
@@ -196,18 +192,16 @@ class RankAgreement(lightning.Callback):
             source = f"{path} from host {socket.gethostname()} (rank 0)" if path.is_file() else "the checkpoint"
             check_agreement({"checkpoint to resume from": found}, f"Copy {source} to the same place on all hosts")
 
-    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         loader = trainer.train_dataloader
         facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
         if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
-            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]  # few, so fast
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]  # few, to be fast
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)
 
-    @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         if message := connection_error(exception, getattr(self, "dirpath", None)):  # RunCheckpoint has one
@@ -219,7 +213,8 @@ class WatchedDDPStrategy(DDPStrategy):
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
     can reach. Lightning then connects the ranks a second time, for ``prepare_data``, and waits without limit. Here both
-    connections end within twice ``timeout``, each later communication within ``timeout``. For more see ``DDPStrategy``.
+    connections end within twice ``timeout``, each later communication within ``timeout``. Its default of two minutes is
+    chosen (Lightning's is 30). Further arguments are those of ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
@@ -227,18 +222,17 @@ class WatchedDDPStrategy(DDPStrategy):
         # One timeout to reach the main address, as in PyTorch, and one to connect each rank with each other.
         self.limit = 2 * timeout.total_seconds()
 
-    @override
     def setup_distributed(self) -> None:
         environment: Any = self.cluster_environment
         how = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
         me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
         thread = threading.get_ident()
         if self.num_nodes > 1 and self.local_rank == 0:
-            print(f"{me}: connecting {self.num_nodes} hosts {how}{_warning()}", file=sys.stderr, flush=True)
+            print(f"{me}: connecting {self.num_nodes} hosts {how}{_loopback_warning()}", file=sys.stderr, flush=True)
 
         def end() -> None:
-            names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))}
-            if names & {"init_process_group", "new_group"}:
+            running = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))}
+            if running & {"init_process_group", "new_group"}:
                 print(f"em-lightning: {me}: a rank did not connect {how}. {_CAUSES}", file=sys.stderr, flush=True)
                 os._exit(2)  # no exception can end the call of gloo
 
@@ -252,7 +246,7 @@ class WatchedDDPStrategy(DDPStrategy):
             raise
 
 
-def _warning() -> str:
+def _loopback_warning() -> str:
     """Return a warning if the other hosts cannot reach the address that PyTorch chooses for this one."""
     try:
         address = socket.gethostbyname(socket.gethostname())
@@ -285,8 +279,8 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
-    path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value))
-    return {} if path else {name: value}
+    is_path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value))
+    return {} if is_path else {name: value}
 
 
 class RunCheckpoint(RankAgreement, ModelCheckpoint):
@@ -298,9 +292,8 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """
 
     _received = 0  # number of a signal, 0 for none
-    _handlers: Mapping[int, Any] = {}  # those that this callback replaces during training
+    _handlers: Mapping[int, Any] = {}  # by signal: the handlers that this callback replaces during training
 
-    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the handlers of the signals until the end of training."""
         super().on_train_start(trainer, pl_module)
@@ -321,27 +314,23 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         if os.getpid() != self._process:  # a worker of a data loader, which inherits the handler
             os.kill(os.getpid(), number)
 
-    @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the last batch of an epoch, drop the loader's position, so that a resumed run starts the next epoch."""
         # Under limit_train_batches the loader is not at its end, and the resumed run would continue there.
         if trainer.training and trainer.is_last_batch:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
-    @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Save the checkpoint when it is due; if a rank has received a signal, save it and end the run."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         self._end_after_signal(trainer)
 
-    @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._end_after_signal(trainer)
         if not trainer.fast_dev_run:
             self._save_last(trainer)
         self._set_handlers(self._handlers)
 
-    @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._set_handlers(self._handlers)
@@ -368,7 +357,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # Lightning's for SIGTERM sets a flag
+        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # for SIGTERM, Lightning's sets a flag
             raise SystemExit(128 + number)
-        self._handlers[number](number, None)  # SLURM's for SIGUSR1 requeues the job
+        self._handlers[number](number, None)  # under SLURM, Lightning's handler of SIGUSR1 requeues the job
         self._set_handlers(dict.fromkeys(self._handlers, self._receive))

@@ -130,14 +130,14 @@ class LayerwiseEMLoss(Callback):
             self.losses.reset()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # In "callbacks", as Lightning then warns of a resume without this one; it refuses two state_dict() of one key.
+        # Not in state_dict(), which Lightning refuses for two callbacks of one key. Here it warns of a resume without.
         checkpoint["callbacks"].setdefault(self.state_key, {})[self._suffix(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        states, number = checkpoint["callbacks"].get(self.state_key, {}), self._suffix(trainer)
-        if states and number not in states:
-            rank_zero_warn(f"the checkpoint has no state of {self.state_key}{number}, which starts anew")
-        self._state = states.get(number, {})
+        states, suffix = checkpoint["callbacks"].get(self.state_key, {}), self._suffix(trainer)
+        if states and suffix not in states:
+            rank_zero_warn(f"the checkpoint has no state of {self.state_key}{suffix}, which starts anew")
+        self._state = states.get(suffix, {})
 
     def _current_state(self) -> dict[str, Any]:
         # Save the number of batches: losses.step counts backward passes, of which a batch may have several.

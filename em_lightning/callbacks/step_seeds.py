@@ -38,7 +38,7 @@ class StepSeeds(lightning.Callback):
         self.seed = seed
         self._used_seed: int | None = None  # of this fit: the argument, PyTorch's or that of the checkpoint
         self._epoch = 0  # the current epoch, or the next one between epochs
-        self._loader_states: list[Any] = []  # in the checkpoint
+        self._loader_states: list[Any] = []  # of the checkpoint, one per loader that has a state
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Reset the state of an earlier fit, before a checkpoint is loaded."""
@@ -57,12 +57,12 @@ class StepSeeds(lightning.Callback):
         """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
         if self._used_seed is None:
             self._used_seed = torch.initial_seed() if self.seed is None else self.seed
-        torch.manual_seed(self._seed_of(trainer, self._epoch, 0))
+        torch.manual_seed(self._seed_of(trainer, self._epoch, step=0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the samplers for the first epoch, as Lightning resumes some without on_train_epoch_start."""
         self._seed_samplers(trainer)
-        # Lightning restores no loaders that exist already, because configure_optimizers asked for the number of steps.
+        # Lightning does not restore loaders that configure_optimizers has made by asking for the number of steps.
         loaders = (each for each in CombinedLoader(trainer.train_dataloader).flattened if hasattr(each, "state_dict"))
         for loader, state in zip(loaders, self._loader_states, strict=False):
             if isinstance(loader, Resumable):
@@ -70,11 +70,11 @@ class StepSeeds(lightning.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._epoch = trainer.current_epoch
-        torch.manual_seed(self._seed_of(trainer, self._epoch, 0))
+        torch.manual_seed(self._seed_of(trainer, self._epoch, step=0))
         self._seed_samplers(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(self._seed_of(trainer, trainer.current_epoch, batch_idx + 1))
+        torch.manual_seed(self._seed_of(trainer, trainer.current_epoch, step=batch_idx + 1))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the epoch as finished after its last batch, for checkpoints saved at its end."""
@@ -90,10 +90,10 @@ class StepSeeds(lightning.Callback):
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler: Any = getattr(loader, "sampler", None)
             if hasattr(sampler, "generator"):
-                sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, 0))
-                _draw(sampler.generator)  # the loader draws the base of the workers' seeds first
-                if isinstance(sampler, RandomSampler):
-                    sampler.generator.manual_seed(_draw(sampler.generator))  # as RandomSampler does without one
+                sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, step=0))
+                _draw(sampler.generator)  # the loader first draws a base of its workers' seeds
+                if isinstance(sampler, RandomSampler):  # without a generator it seeds one with a second draw
+                    sampler.generator.manual_seed(_draw(sampler.generator))
 
     def _seed_of(self, trainer: Any, epoch: int, step: int) -> int:
         """Return the seed of a step, counted from 1 in each epoch; step 0 is the order of the epoch."""

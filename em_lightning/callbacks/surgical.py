@@ -12,22 +12,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from em_lightning.surgery import (
-    Calls,
-    NoMatchError,
-    Surgery,
-    apply_plan,
-    insert_em_operators,
-    read_plan,
-    recorded_plan,
-    surgery_by,
-    swap_activations,
-    undo_all,
-    walk,
-    wrap,
-)
+from em_lightning.surgery import apply_plan, insert_em_operators, read_plan, recorded_plan, swap_activations
+from em_lightning.surgery.edit import Calls, Surgery, surgery_by
+from em_lightning.surgery.hooks import undo_all, wrap
 from em_lightning.surgery.owners import parameters_of, untrained_parameters
-from em_lightning.surgery.select import described
+from em_lightning.surgery.select import NoMatchError, described, walk
 
 # Compared by name, because the packages lightning and pytorch_lightning each define these classes.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -72,7 +61,7 @@ class SurgicalCallback(Callback):
         self.surgery = Surgery(pl_module, by=self.state_key)
         base: Any = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
         methods = {name: MethodType(getattr(base, name), pl_module) for name in ("setup", "configure_model")}
-        builders = [name for name, of_base in methods.items() if getattr(pl_module, name) != of_base]
+        builders = [name for name, method in methods.items() if getattr(pl_module, name) != method]  # overridden
         self._apply_so_far(self.surgery, raise_if_unmatched=not builders)
         for name in builders:
             around = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
@@ -159,9 +148,9 @@ class SwapActivations(SurgicalCallback):
         verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        own: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
-        own.update(calls=calls, functional=functional)
-        super().__init__(verbose, **own, **(arguments or {}))
+        settings: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
+        settings.update(calls=calls, functional=functional)
+        super().__init__(verbose, **settings, **(arguments or {}))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
         swap_activations(model, into=surgery, verbose=self.verbose, **self.settings)
@@ -191,9 +180,9 @@ class InsertEMOperator(SurgicalCallback):
         verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        own: dict[str, Any] = {"where": where, "num_components": num_components, "num_features": num_features}
-        own.update(dim=dim, set_dim=set_dim, causal=causal, calls=calls)
-        super().__init__(verbose, **own, **(arguments or {}))
+        settings: dict[str, Any] = {"where": where, "num_components": num_components, "num_features": num_features}
+        settings.update(dim=dim, set_dim=set_dim, causal=causal, calls=calls)
+        super().__init__(verbose, **settings, **(arguments or {}))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
         insert_em_operators(model, into=surgery, verbose=self.verbose, **self.settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -22,9 +23,9 @@ from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
-_MAX_ITEMS = 64  # items of a batch whose curvature is computed; feature maps have one item per position
+_MAX_ITEMS = 64  # items per batch whose curvature is computed, as feature maps have one per position; chosen
 # If ten other eigenvalues are 0.7 times the largest, the result is 0.9 % too low (median over starts); if 1000, 23 %.
-_POWER_STEPS = 10  # Hessian-vector products
+_POWER_STEPS = 10  # Hessian-vector products per layer
 
 
 def tensorboard_writers(trainer: Any) -> list[Any]:
@@ -41,7 +42,7 @@ def _hessian_norm(loss: Tensor, tensors: list[Tensor]) -> Tensor:
     graph = set().union(*map(graph_of, gradients))
     if not graph:
         return torch.zeros_like(norm)  # the loss is linear in the tensors
-    if any(type(node).__name__ == "Error" for node in graph):  # of once_differentiable: products would be 0
+    if any(type(node).__name__ == "Error" for node in graph):  # once_differentiable adds it; products would be 0
         raise RuntimeError("an operation behind the layer has no second derivative")
     for _ in range(_POWER_STEPS):
         units = [vector / norm.clamp_min(torch.finfo(norm.dtype).tiny) for vector in vectors]
@@ -64,7 +65,7 @@ class PosteriorMonitor(Callback):
     two gradients, the EM loss with weight 1. The task's loss is the result of ``training_step`` or the loss of the
     first ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
     With ``task_curvature`` it logs N times the spectral norm of the Hessian of the task's loss with respect to the d of
-    this rank's N items, by power iteration: for a mean of losses of single items, the largest norm of their Hessians.
+    this rank's N items, by power iteration. For a mean of one loss per item it is the largest norm of their Hessians.
 
     Args:
         where: the layers, see :func:`~em_lightning.surgery.find_modules`.
@@ -103,9 +104,9 @@ class PosteriorMonitor(Callback):
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._last: dict[str, Tensor | None] = {}  # energies of a layer's last call, units last; None if it is skipped
-        self._products: dict[str, Tensor] = {}  # inner products of gradients: task and task, EM and EM, task and EM
+        self._products: dict[str, Tensor] = {}  # of gradients, by layer: task @ task, EM @ EM, task @ EM
         self._task_curvatures: dict[str, dict[str, Tensor]] = {}
-        self._skipped: set[str] = set()  # layers of which a warning was given
+        self._warned: set[str] = set()  # layers of which a warning was given
         self._undos: list[Callable[[], Any]] = []
 
     @property
@@ -124,35 +125,38 @@ class PosteriorMonitor(Callback):
             self._taps.remove()
         self._taps, self._last, self._products, self._task_curvatures = None, {}, {}, {}
 
-    def _skip(self, path: str, error: Exception, what: str = "skips") -> None:
-        if what == "skips":
-            self._last[path] = None  # or the metrics of its other calls would be logged as those of the layer
-        if path not in self._skipped:
-            self._skipped.add(path)
+    def _skip(self, path: str, error: Exception) -> None:
+        self._last[path] = None  # otherwise the metrics of its other calls would be logged as those of the layer
+        self._warn_once(path, error, "skips")
+
+    def _warn_once(self, path: str, error: Exception, what: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
             rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
-    def _skipping(self, path: str, what: str = "skips") -> Iterator[None]:
-        """Warn of any exception: a layer may return a tensor of any dtype and shape, and loggers raise any class."""
+    def _tolerating(self, path: str, what: str | None = None) -> Iterator[None]:
+        """Warn of any exception, of layers with any dtype and shape and of loggers; without ``what`` skip the layer."""
         try:
             yield
         except Exception as error:
-            self._skip(path, error, what)
+            self._skip(path, error) if what is None else self._warn_once(path, error, what)
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
         taken: dict[str, list[Tensor]] = {}
-        with self._skipping(described(self.where)):  # a tensor may have been overwritten in place
+        with self._tolerating(described(self.where)):  # a tensor may have been overwritten in place
             taken = self._taps.take(wanted) if self._taps else {}
         with_gradient = {path: [one for one in tensors if one.requires_grad] for path, tensors in taken.items()}
         for path, tensors in taken.items():
-            with self._skipping(path):
+            with self._tolerating(path):
                 for tensor in with_gradient[path] or tensors:
                     self._measure(path, tensor.detach())
         if loss is not None and loss.requires_grad:
             done = {*self._products, *self._task_curvatures}  # the first loss of a step counts
-            with self._skipping(described(self.where), "compares no gradients of"):
-                self._compare(loss, {path: own for path, own in with_gradient.items() if own and path not in done})
+            layers = {path: tensors for path, tensors in with_gradient.items() if tensors and path not in done}
+            with self._tolerating(described(self.where), "compares no gradients of"):
+                self._compare(loss, layers)
 
     @torch.no_grad()
     def _measure(self, path: str, tensor: Tensor) -> None:
@@ -175,27 +179,27 @@ class PosteriorMonitor(Callback):
         """
         flat = [tensor for tensors in layers.values() for tensor in tensors]
         if self.loss is not None and flat:  # reentrant checkpoints raise here, as they take only loss.backward()
-            of_task = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
+            task_gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
         for path, tensors in layers.items():
-            own = [next(of_task) for _ in tensors] if self.loss is not None else []
             if self.loss is not None:
-                with self._skipping(path, "compares no gradients of"):
+                of_task = [next(task_gradients) for _ in tensors]
+                with self._tolerating(path, "compares no gradients of"):
                     dim = self._axes[path](tensors[0].shape)
                     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
                     with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
                         energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
                         of_em = torch.autograd.grad(self.loss.total(energies), leaves)
-                    task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (own, of_em))
+                    task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (of_task, of_em))
                     self._products[path] = torch.stack([task @ task, em @ em, task @ em])
             if self.task_curvature:
-                with self._skipping(path, "measures no task_curvature of"):
+                with self._tolerating(path, "measures no task_curvature of"):
                     num_items = sum(t.numel() // t.shape[self._axes[path](t.shape)] for t in tensors)
                     self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():
             if energies is not None:
-                with self._skipping(path, "could not log all of"):
+                with self._tolerating(path, "could not log all of"):
                     self._log(trainer, pl_module, prefix, path, energies)
         self._stop()
 
@@ -203,7 +207,8 @@ class PosteriorMonitor(Callback):
         values = self._metrics[path].compute()
         if prefix == "em":
             items = energies.float().flatten(0, -2)
-            curvatures = curvature(softmin(items[:: -(-len(items) // _MAX_ITEMS)]).responsibilities)
+            some = items[:: math.ceil(len(items) / _MAX_ITEMS)]
+            curvatures = curvature(softmin(some).responsibilities)
             values.update(curvature_mean=curvatures.mean(), curvature_max=curvatures.amax())
         if path in self._products:
             task, em, product = global_sum(self._products[path])

@@ -198,15 +198,15 @@ class _Recorder(TorchDispatchMode):
         self.sites = [site for site in walk(model) if not site.function]
         self.called: dict[str, nn.Module] = {}
         self.softmaxes: list[Softmax] = []
-        # With the tensors themselves, by their keys: a freed address could be reused.
-        self._exponentials: dict[Any, tuple[Finding, Tensor, Tensor]] = {}  # row if there is no softmax, values of exp
-        self._gathered: dict[Any, tuple[Any, Any, Any]] = {}  # axis and index
-        self._summed: dict[int, tuple[Finding, Tensor]] = {}
-        self._quotients: list[tuple[Tensor, Softmax]] = []
-        self.checked_calls: list[tuple[Any, ...]] = []
+        # By the _key of the tensor that is their last entry, kept because a freed address could be reused.
+        self._exponentials: dict[Any, tuple[Finding, Tensor, Tensor]] = {}  # finding if it is no softmax, values of exp
+        self._gathered: dict[Any, tuple[Any, Any, Any]] = {}  # axes and index of the gathering
+        self._makers: dict[Any, tuple[str, nn.Module, Tensor]] = {}  # path and module that returned the tensor
+        self._summed: dict[int, tuple[Finding, Tensor]] = {}  # exponentials with a sum, by the id of the finding
+        self._quotients: list[tuple[Tensor, Softmax]] = []  # values of exp, and the softmax that they may be
+        self.checked_calls: list[tuple[Any, ...]] = []  # arguments of check_call
         self.found: list[Finding] = []
         self._stack: list[tuple[str, nn.Module]] = [("", model)]
-        self._makers: dict[tuple[int, int], tuple[str, nn.Module, Tensor]] = {}
         for path, module in [("", model), *((site.path, site.module) for site in self.sites)]:
             module.register_forward_pre_hook(functools.partial(self._enter, path))
             module.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
@@ -226,8 +226,7 @@ class _Recorder(TorchDispatchMode):
             given = inspect.signature(module.forward).bind(*inputs, **kwargs)  # by position: check_call reads inputs[0]
             self.checked_calls.append((path, module, given.args, given.kwargs, output))
         if isinstance(output, Tensor):
-            # The innermost module that returned the output. Keep the output, as a freed address could be reused.
-            self._makers.setdefault(_key(output), (path, module, output))
+            self._makers.setdefault(_key(output), (path, module, output))  # the innermost module returns it first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -243,7 +242,8 @@ class _Recorder(TorchDispatchMode):
             if func.namespace not in _NAMESPACES:
                 self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))
             elif not (func.name() == "aten::exp" and any(_key(args[0]) == _key(s.output) for s in self.softmaxes)):
-                self._follow(func.name()[6:].partition(".")[0].strip("_"), path, module, args, output)
+                name = func.name().removeprefix("aten::").partition(".")[0].strip("_")
+                self._follow(name, path, module, args, output)
         elif operation == "cross-entropy":
             last = self.softmaxes[-1] if self.softmaxes else None
             if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
@@ -262,7 +262,8 @@ class _Recorder(TorchDispatchMode):
                 operation = "attention"
             axes = tuple(args[1]) if operation == "logsumexp" else (args[1],)
             logits = args[0].clone()
-            self.softmaxes.append(Softmax(path, module, operation, logits, output, axes, maker is not None))
+            softmax = Softmax(path, module, operation, logits, output, axes, from_layer=maker is not None)
+            self.softmaxes.append(softmax)
         return output
 
     def _follow(self, name: str, path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -276,18 +277,19 @@ class _Recorder(TorchDispatchMode):
             self._gathered[_key(output)] = (axis,), index, output
         found = [self._exponentials[_key(x)] for x in args if isinstance(x, Tensor) and _key(x) in self._exponentials]
         for row, values, _ in found[:1]:
-            dense = torch.empty_like(output).stride() == output.stride()  # with the layout of the values
+            is_dense = torch.empty_like(output).stride() == output.stride()  # without gaps, as the values are
             if name in _SUMS:
                 self._summed[id(row)] = row, values
             elif name in _PRODUCTS:
                 self._exponentials[_key(output)] = row, values, output
-            elif name == "div" and isinstance(args[1], Tensor) and dense and output.numel() == values.numel():
+            elif name == "div" and isinstance(args[1], Tensor) and is_dense and output.numel() == values.numel():
                 logits = values.as_strided(output.shape, output.stride()).log().masked_fill(output == 0, -math.inf)
                 strides = args[1].expand(output.shape).stride()
+                # The axes over which the divisor is the same sum; if there are none, it may be gathered by group.
                 axes = tuple(axis for axis, size in enumerate(output.shape) if size > 1 and strides[axis] == 0)
                 axes, index, _ = (axes, None, None) if axes else self._gathered.get(_key(args[1]), ((), None, None))
-                softmax = Softmax(path, module, "exp / sum", logits, output, axes, False, index)
-                fits = index is None or index.shape == output.shape[axes[0] :][:1]
+                softmax = Softmax(path, module, "exp / sum", logits, output, axes, from_layer=False, index=index)
+                fits = index is None or index.shape == output.shape[axes[0] :][:1]  # one group per hypothesis
                 self._quotients += [(values, softmax)] if axes and fits else []
 
     def findings(self) -> Audit:
@@ -299,7 +301,8 @@ class _Recorder(TorchDispatchMode):
         quotients = [(values, softmax.check()) for values, softmax in self._quotients]
         quotients = [(values, one) for values, one in quotients if one.em or not one.checked]
         found = [*self.found, *filter(None, checks), *(one for _, one in quotients)]
-        found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values, _ in quotients)]
+        divided = [values for values, _ in quotients]
+        found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values in divided)]
         reached = {(one.path, one.operation) for one in found if one.checked}
         calls: dict[tuple[str, str, str], list[Finding]] = {}  # of an operation over an axis
         for one in found:

@@ -62,23 +62,24 @@ def _refuse_second_derivatives(grad: Tensor) -> None:
 def _eigenvector(r: Tensor) -> Tensor:
     """Return the unit eigenvector of the largest eigenvalue for r (..., K) in descending order; 0 for a row of zeros.
 
-    With the gap g = r_1 - r_2, lambda = r_2 + t g and 0 < t < 1, the secular equation times g is
-    r_1^2 / (1 - t) + psi(t) = g. Each step replaces psi, which has its poles at t <= 0, by p - q / t with the value and
-    the slope of psi, and solves for t: quadratic convergence (Bunch, Nielsen and Sorensen, 1978).
+    With the gap g = r_1 - r_2, distances d_k = r_2 - r_k and lambda = r_2 + t g, the equation of :func:`curvature` for
+    lambda, times g, is r_1^2 / (1 - t) + psi(t) = g, where psi(t) = -sum_{k > 1} g r_k^2 / (d_k + t g) and 0 < t < 1.
+    Each step replaces psi by p - q / t with the value and slope of psi at the last t, and solves for the new t, a zero
+    of c t^2 + (r_1^2 + q - c) t - q with c = g - p: quadratic convergence (Bunch, Nielsen and Sorensen, 1978).
     """
     tiny, eps = torch.finfo(r.dtype).tiny, torch.finfo(r.dtype).eps
     first, rest = r[..., :1], r[..., 1:]
     gap, distance = first - rest[..., :1], rest[..., :1] - rest
-    at_pole = distance == 0  # ties for the second place
-    pole, others = rest.masked_fill(~at_pole, 0.0), rest.masked_fill(at_pole, 0.0)
+    is_tied = distance == 0  # for the second place: poles at t = 0, where others / (distance + t * gap) may be 0 / 0
+    tied, others = rest.masked_fill(~is_tied, 0.0), rest.masked_fill(is_tied, 0.0)
     t = torch.full_like(first, 0.5)
     for _ in range(_NUM_STEPS):
-        u = (others / (distance + t * gap).clamp_min(tiny)).square()
-        q = pole.square().sum(-1, keepdim=True) + (t * gap).square() * u.sum(-1, keepdim=True)
-        c = gap + gap * (distance * u).sum(-1, keepdim=True)
-        middle = first.square() + q - c  # c t^2 + middle t - q = 0 with c = g - p
+        u = (others / (distance + t * gap).clamp_min(tiny)).square()  # g^2 u_k is the slope of term k of psi
+        q = tied.square().sum(-1, keepdim=True) + (t * gap).square() * u.sum(-1, keepdim=True)
+        c = gap + gap * (distance * u).sum(-1, keepdim=True)  # p = psi + q / t = -g sum_k d_k u_k
+        middle = first.square() + q - c
         larger = (middle.square() + 4 * c * q).sqrt() + middle.abs()
         t = torch.where(middle >= 0, 2 * q / larger.clamp_min(tiny), larger / (2 * c).clamp_min(tiny))
         t = t.clamp(tiny, 1 - eps)
-    minus_rest = pole / t + others * gap / (distance + t * gap).clamp_min(tiny)
-    return functional.normalize(torch.cat([first / (1 - t), -minus_rest], -1), dim=-1, eps=tiny)  # r / (r - lambda)
+    minus_rest = tied / t + others * gap / (distance + t * gap).clamp_min(tiny)
+    return functional.normalize(torch.cat([first / (1 - t), -minus_rest], -1), dim=-1, eps=tiny)  # g r / (r - lambda)

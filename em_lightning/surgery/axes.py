@@ -23,8 +23,8 @@ LAST_AXIS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer),
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
-# Percentage points of accuracy that activations lose against ReLU over 128 units. Over 8 and 16 channels three of them
-# lost nothing; the warning begins at a width in between, _WIDE.
+# Percentage points of accuracy that activations lost against ReLU over 128 units. Over 8 and 16 channels three of them
+# lost nothing. The warning begins at _WIDE units, a width between 16 and 128: chosen, not measured.
 _LOST = {
     "DirectionActivation": 65.0,
     "SoftmaxGatedActivation": 7.3,
@@ -35,7 +35,7 @@ _LOST = {
     "LogSoftmaxActivation": 4.5,
 }
 _WIDE = 32
-Layers = list[tuple[nn.Module, int]]  # layers with their widths
+Layers = list[tuple[nn.Module, int]]  # each with its width, the number of units of its output or input
 _ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # modules that define activations
 
 
@@ -43,14 +43,15 @@ class UnitAxis:
     """The axis of the units of one layer.
 
     With ``dim="auto"`` the type of the layer defines it, or for an activation in an ``nn.Sequential`` the type of the
-    layer before it, see :func:`unit_axis`. Where no type does, it is the last of fewer than three axes, else the one of
-    axes 1 and -1 whose size at the first batch is the width of the layer; checkpoints keep it. A layer that is called
-    with tensors of 2 and of 4 axes has an axis for each. ``widths`` are the possible widths, the likeliest first.
+    layer before it, see :func:`unit_axis`. If no type defines it, tensors of fewer than three axes have it on the last
+    axis. For others the first batch decides: it is the one of axes 1 and -1 whose size is the width of the layer, and
+    checkpoints store the decision. A layer that is called with tensors of 2 and of 4 axes has an axis for each.
+    ``widths`` are the possible widths, the likeliest first.
     """
 
-    channels: Sequence[int] = ()  # widths of layers in or around it that have channels on axis 1
-    features: Sequence[int] = ()  # widths of those that have features on axis -1
-    in_order = False  # whether these layers are probably declared in the order of their calls
+    channel_widths: Sequence[int] = ()  # of layers at, in or around it that have their units on axis 1
+    feature_widths: Sequence[int] = ()  # of those that have their units on axis -1
+    in_order = False  # whether the order of ``widths`` can be trusted, see :func:`layers_of`
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
         self.path = path
@@ -62,7 +63,7 @@ class UnitAxis:
         """Return the axis for tensors of this shape; the first decision for a number of axes is final.
 
         Raises:
-            ValueError: neither or both of axes 1 and -1 have the layer's number of units, or ``dim`` is out of range.
+            ValueError: neither or both of axes 1 and -1 have the layer's width, or ``dim`` cannot be the axis of units.
         """
         dim = self.dim
         if dim == "auto":
@@ -71,16 +72,18 @@ class UnitAxis:
             dim = self.decided[len(shape)]
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} must be an axis of {self.path!r}, of shape {tuple(shape)}")
-        if dim % len(shape) == 0 and shape[0] not in self.widths and not {*shape[1:]}.isdisjoint(self.widths):
+        only_others_fit = shape[0] not in self.widths and not {*shape[1:]}.isdisjoint(self.widths)
+        if dim % len(shape) == 0 and only_others_fit:
             raise ValueError(f"dim={dim} must be the axis of the units of {self.path!r}, not of items: {tuple(shape)}")
         return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
-        by_type = [axis for axis, widths in ((1, self.channels), (-1, self.features)) if shape[axis] in widths]
-        if len(shape) > 3 and by_type == [1]:
+        widths_by_type = ((1, self.channel_widths), (-1, self.feature_widths))
+        by_type = [axis for axis, widths in widths_by_type if shape[axis] in widths]
+        if len(shape) > 3 and by_type == [1]:  # (B, C, H, W), whose W may equal a likelier width by chance
             return 1
-        fits = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
-        likeliest = next(filter(None, fits), [])
+        by_width = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
+        likeliest = next(filter(None, by_width), [])  # the axes of the likeliest width that an axis has
         if len(likeliest) == 1 and (by_type in ([], likeliest) or (len(by_type) == 2 and self.in_order)):
             return likeliest[0]
         widths = " or ".join(map(str, self.widths)) or "an unknown number of"
@@ -94,11 +97,11 @@ def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["out
     """Return the axis of the units of a site's output or input."""
     if dim == "auto":
         dim = _axis_by_type(site)
-    layers, around, in_order = layers_of(site, tap)
-    axis = UnitAxis(site.path, [width for _, width in layers], dim)
-    near, axis.in_order = [*layers, *around], in_order
-    axis.channels = [width for layer, width in near if isinstance(layer, _CHANNELS_FIRST)]
-    axis.features = [width for layer, width in near if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
+    likeliest, near, in_order = layers_of(site, tap)
+    axis = UnitAxis(site.path, [width for _, width in likeliest], dim)
+    axis.in_order = in_order
+    axis.channel_widths = [width for layer, width in near if isinstance(layer, _CHANNELS_FIRST)]
+    axis.feature_widths = [width for layer, width in near if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
     return axis
 
 
@@ -119,21 +122,27 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
 
 
 def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
-    """Return a site's own layer, else those in, before or behind it, likeliest first; all around; if it is between."""
+    """Return the layers whose width a site probably has, likeliest first; all that it may have; and ``in_order``.
+
+    The first are the site's own layer, else those in it, else those declared before it, else behind it. ``in_order``:
+    whether the width is the site's own, or the site is declared between layers, probably in the order of the calls.
+    """
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
-        return [(site.module, own)], [], True
-    layers, around, between = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([]), False
+        return [(site.module, own)], [(site.module, own)], True
+    inside = layers_in([site.module], tap)
+    if inside:
+        inside = inside if tap == "input" else inside[::-1]
+        return inside, inside, False
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
-        if layers:
-            break
         children = dict(owner._modules)  # looked up by name, as an instance may have several names
         position = list(children).index(name) if name in children else len(children)
-        before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
-        layers, following = layers_in(before, "output")[::-1], layers_in(behind, "input")
-        around, between = [*layers, *following, *layers_in(behind, "output")], bool(layers and following)
-        layers = layers or around
-    return layers, around, between
+        siblings = list(children.values())
+        before, behind = layers_in(siblings[:position], "output")[::-1], layers_in(siblings[position + 1 :], "input")
+        near = [*before, *behind, *layers_in(siblings[position + 1 :], "output")]
+        if near:
+            return before or near, near, bool(before and behind)
+    return [], [], False
 
 
 def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> Layers:
@@ -155,9 +164,9 @@ def _axis_by_type(site: Site) -> int | Literal["auto"]:
     is_activation = site.function is None and type(layer).__module__.startswith(_ACTIVATIONS)
     if is_activation and isinstance(site.parent, nn.Sequential):
         before = list(site.parent)[: list(site.parent._modules).index(site.name)]
-        kept = (*_ACTIVATIONS, "torch.nn.modules.dropout")  # they tell nothing about the axis
+        any_axis = (*_ACTIVATIONS, "torch.nn.modules.dropout")  # modules whose classes tell nothing about the axis
         telling = [one for one in before if not isinstance(one, (nn.Identity, type(None)))]
-        layer = next((one for one in reversed(telling) if not type(one).__module__.startswith(kept)), layer)
+        layer = next((one for one in reversed(telling) if not type(one).__module__.startswith(any_axis)), layer)
     while isinstance(layer, Inserted):
         layer = layer.layer
     if isinstance(layer, _CHANNELS_FIRST):
@@ -173,7 +182,7 @@ class Observers:
 
 
 def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets: str = "") -> None:
-    """Warn of unsuitable widths, and print the line on a layer, of a class or tap ``kind``, at its first batch."""
+    """Warn of an unsuitable width of a layer, print its line; ``kind``: its class or tap; ``sets``: an operator's."""
     if not Observers.on:
         return
     units = None if dim is None else shape[dim]

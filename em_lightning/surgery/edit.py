@@ -19,8 +19,10 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
+AfterChange = Callable[[Site, "Change"], None]
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
-_BEFORE = "_em_before"  # attribute of a new module that its undo did not find in the model: the module it had replaced
+# Attribute of a new module whose undo found it replaced by a later surgery: the module to restore instead of it.
+_BEFORE = "_em_before"
 
 
 class Change(NamedTuple):
@@ -28,10 +30,10 @@ class Change(NamedTuple):
 
     parent: nn.Module
     name: str
-    old: Any  # a module or a function
+    old: Any  # a module; a function; for replaced calls the class of an equivalent module
     new: nn.Module
-    added: nn.Module  # the module that was built: new itself, or the operator in it
-    entry: dict[str, Any]  # of the plan
+    added: nn.Module  # new itself, or the operator in it: the module that was built, or a PerCall of several
+    entry: dict[str, Any]  # the change's entry in the plan
 
     @property
     def path(self) -> str:
@@ -40,7 +42,7 @@ class Change(NamedTuple):
 
     @property
     def modules(self) -> list[Any]:
-        """The modules that were built, one per call with ``calls=N``."""
+        """The modules that were built for the site: N with ``calls=N``, otherwise one."""
         return list(self.added) if isinstance(self.added, PerCall) else [self.added]
 
 
@@ -88,7 +90,7 @@ class CallCounter:
         return output
 
     def check(self, *_: Any) -> None:
-        """Forward pre-hook of the module."""
+        """Forward pre-hook of the module: count the call."""
         if self.count is None:
             return
         if self.count == self.allowed:
@@ -109,7 +111,7 @@ class PerCall(nn.ModuleList):
 
     def __init__(self, modules: Iterable[nn.Module], counter: CallCounter) -> None:
         super().__init__(modules)
-        self.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8), persistent=False)
+        self.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8), persistent=False)  # its modules' are persistent
         self.counter = counter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +132,7 @@ def surgery_by(model: nn.Module, by: str) -> Surgery:
 
 
 class Surgery:
-    """The ``changes`` to a model, one :class:`Change` per site; the plan stores ``by``, a callback's state_key."""
+    """The ``changes`` to a model, one :class:`Change` per site; ``by``: the state_key of the callback behind them."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
@@ -206,9 +208,9 @@ class Surgery:
 def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
     """Replace each selected module by a new one; an instance with several names is replaced by one module per name.
 
-    The new module takes over the hooks, device, dtype and mode of the old one; the undo drops hooks that were added to
-    it later. It is built with a random seed derived from its path, so that the user's random stream does not change
-    and all ranks build the same module.
+    The new module takes over the hooks, device, dtype and mode of the old one. Hooks that are added to the new module
+    are lost at the undo. It is built with a random seed derived from its path, so that the user's random stream does
+    not change and all ranks build the same module.
 
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
@@ -260,9 +262,9 @@ def change_sites(
     sites: list[Site],
     make_at: Callable[[Site], Make],
     calls: Calls = None,
-    prepare: Callable[[Site, Change], None] = lambda *_: None,
+    after_change: AfterChange = lambda *_: None,
 ) -> Surgery:
-    """Change each site with ``make_at(site)``, then call ``prepare(site, change)``; used by all surgeries."""
+    """Change each site with ``make_at(site)``, then call ``after_change(site, change)``; used by all surgeries."""
     num_modules = 1 if calls in ("any", None) else calls  # per site
     if not isinstance(num_modules, int) or num_modules < 1:
         raise ValueError(f"calls={calls!r} must be a positive int, 'any' or None")
@@ -285,7 +287,7 @@ def change_sites(
         added = built = _build(site, make)
         if num_modules > 1:
             added = PerCall([built, *(_build(site, make, index) for index in range(1, num_modules))], counter)
-        if num_modules > 1 or (calls is None and list(added.parameters())):
+        if num_modules > 1 or (calls is None and list(added.parameters())):  # pick by call, or refuse a second
             surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
         if operation == "replace":
@@ -301,12 +303,12 @@ def change_sites(
             "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
             "init_args": arguments_of(make),
             "calls": calls,
-            "target": [],  # of the functions whose calls are replaced
+            "target": [],  # the classes of replaced functions, filled by swap_calls
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
         surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
-        prepare(site, surgery.changes[-1])
+        after_change(site, surgery.changes[-1])
     return surgery
 
 
@@ -323,8 +325,8 @@ def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
     if not isinstance(module, nn.Module) or module is site.module:
         raise TypeError(f"make returned {module!r} for {site.path!r}; it must return a new nn.Module")
     module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # marks the state_dict, even without parameters
-    for neighbour in (site.module, *reversed(site.ancestors)):
-        like = next((t for t in (*neighbour.parameters(), *neighbour.buffers()) if t.is_floating_point()), None)
+    for owner in (site.module, *reversed(site.ancestors)):  # use the device and dtype of the closest tensor
+        like = next((t for t in (*owner.parameters(), *owner.buffers()) if t.is_floating_point()), None)
         if like is not None:
             module.to(device=like.device, dtype=like.dtype)
             break

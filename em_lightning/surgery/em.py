@@ -1,4 +1,4 @@
-"""Swap activations for competitive ones, insert EM operators behind layers, set temperatures."""
+"""Replace activations by those of the library, insert EM operators behind layers, set temperatures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def swap_activations(
     into: Surgery | None = None,
     **arguments: Any,
 ) -> Surgery:
-    """Replace activations by competitive ones; the function behind ``SwapActivations``.
+    """Replace activations by those of the library, such as competitive ones; the function behind ``SwapActivations``.
 
     A function kept as an attribute, as in ``nn.TransformerEncoderLayer(activation="relu")``, counts as the equivalent
     module. Calls such as ``F.relu(x)`` are replaced only with ``functional=True``.
@@ -62,7 +62,7 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation_maker(activation, dim, arguments)
-    prepare = functools.partial(watch_first_call, surgery, make=make, verbose=verbose)
+    after_change = functools.partial(watch_first_call, surgery, make=make, verbose=verbose)
     try:
         sites = surgery.find(where, target)
     except NoMatchError as error:
@@ -70,17 +70,17 @@ def swap_activations(
             raise NoMatchError(f"{error}; calls of functions such as relu are swapped with functional=True") from None
         sites = []
     if sites:
-        change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
+        change_sites(surgery, "replace", sites, lambda _: make, calls, after_change)
     if functional:
         try:
-            swap_calls(surgery, where, make, target, calls, prepare)
+            swap_calls(surgery, where, make, target, calls, after_change)
         except NoMatchError as error:
             if not sites:
                 raise
             warnings.warn(f"functional=True has no effect: {error}", stacklevel=2)
         if verbose:
             _print_found(surgery, where)
-    return surgery.warn_of_copies() if into is None else surgery  # a callback asks the optimizers
+    return surgery.warn_of_copies() if into is None else surgery  # callbacks warn later, when optimizers are known
 
 
 def _print_found(surgery: Surgery, where: Where) -> None:
@@ -169,17 +169,18 @@ def insert_em_operators(
         given["dim"] = dim
 
     def make_at(site: Site) -> Make:
-        # If no layer has a width, 1 until the first batch corrects it.
-        features = next((width for _, width in layers_of(site)[0]), 1) if num_features is None else num_features
+        likeliest, *_ = layers_of(site)
+        width = next((width for _, width in likeliest), 1)  # 1 if no layer has one, until the first batch corrects it
+        features = width if num_features is None else num_features
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
-    def prepare(site: Site, change: Change) -> None:
+    def after_change(site: Site, change: Change) -> None:
         for module in change.modules:
             module.width_is_given = num_features is not None
         make = functools.partial(SetRefinement, **given)  # never called: own_dim reads from it whether dim is given
         watch_first_call(surgery, site, change, make, verbose)
 
-    change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
+    change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, after_change)
     return surgery.warn_of_copies() if into is None else surgery
 
 

@@ -12,20 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
+from em_lightning.surgery import select
+from em_lightning.surgery.edit import AfterChange, Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
-from em_lightning.surgery.select import (
-    FUNCTIONS,
-    NoMatchError,
-    Site,
-    Where,
-    check_selection,
-    contents,
-    described,
-    is_built,
-    matches,
-    walk,
-)
+from em_lightning.surgery.select import FUNCTIONS, NoMatchError, Site, Where, is_built, matches, walk
 
 CALLS_CHILD = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
@@ -58,31 +48,33 @@ class _Swapped(TorchFunctionMode):
 
 
 def swap_calls(
-    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls, prepare: Callable[[Site, Change], None]
+    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls, after_change: AfterChange
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
-    ``calls`` is as in :func:`replace_modules`. While a method of the module runs that mentions the function by name
-    (``self.relu`` of a child does not count), all calls of the function run the operator, even by unselected children.
-    Methods of torch's and Lightning's classes are skipped, and functions in containers or objects are not found.
+    The operator from ``make`` becomes a child of the module, named ``em_functional``. The methods whose code names the
+    function run it (``self.relu`` is no such name if it is a child): while one of them runs, all calls of the function
+    run the operator instead, even those in unselected children. Methods of torch's and Lightning's classes are skipped,
+    and functions in containers or objects are not found. For ``after_change`` see :func:`change_sites`.
 
     Raises:
         NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
     """
     model = surgery.model
-    check_selection(model, "where", where)
-    check_selection(model, "target", target)
+    select.check_selection(model, "where", where)
+    select.check_selection(model, "target", target)
+    targets = select.described(target)
     modules = {kind: kind() for kind in FUNCTIONS.values()}
-    kinds = [kind for kind, module in modules.items() if matches(Site("", module, model, "", (model,)), target)]
+    root = Site(path="", module=model, parent=model, name="", ancestors=())
+    kinds = [kind for kind, module in modules.items() if matches(root._replace(module=module), target)]
     if not kinds:
         known = ", ".join(kind.__name__ for kind in modules)
-        raise NoMatchError(f"target={described(target)} has no function form; functional=True swaps those of {known}")
+        raise NoMatchError(f"target={targets} has no function form; functional=True swaps those of {known}")
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
     owners = [
         site
-        for site in (Site("", model, model, "", ()), *walk(model))
+        for site in (root, *walk(model))
         if site.function is None
         and not hasattr(site.module, CALLS_CHILD)
         and not any(map(is_built, (*site.ancestors, site.module)))  # by an earlier surgery
@@ -91,21 +83,21 @@ def swap_calls(
     ]
     if not owners:
         raise NoMatchError(
-            f"where={described(where)} matches no module whose methods call {' or '.join(sorted(names))}, functions of "
-            f"target={described(target)}; the model holds {contents(model)}"
+            f"where={select.described(where)} matches no module whose methods call {' or '.join(sorted(names))}, "
+            f"functions of target={targets}; the model holds {select.contents(model)}"
         )
 
-    def prepare_calls(site: Site, change: Change) -> None:
+    def wrap_methods(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]  # recorded in checkpoints
         for name in _methods_that_call(site.parent, names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
-        prepare(site, change)
+        after_change(site, change)
 
     sites = []  # one per owner, for its new child; kinds[0] stands for all activations that the child replaces
     for owner in owners:
-        path = f"{owner.path}.{CALLS_CHILD}".lstrip(".")
-        sites.append(Site(path, kinds[0](), owner.module, CALLS_CHILD, (*owner.ancestors, owner.module), kinds[0]))
-    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare_calls)
+        path, ancestors = f"{owner.path}.{CALLS_CHILD}".lstrip("."), (*owner.ancestors, owner.module)
+        sites.append(Site(path, kinds[0](), owner.module, name=CALLS_CHILD, ancestors=ancestors, function=kinds[0]))
+    return change_sites(surgery, "functional", sites, lambda _: make, calls, wrap_methods)
 
 
 def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -115,12 +107,13 @@ def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., An
 
 
 def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
-    """Return the names of methods that use one of ``names``, directly or through a function stored as an attribute."""
+    """Return the names of methods that call a function of ``names``, directly or through an attribute of the module."""
     submodules = {f"self.{path}" for path, _ in module.named_modules(remove_duplicate=False)}
-    stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func: functools.partial
+    stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func of functools.partial
     aliases = {name for name, value in stored.items() if inspect.isbuiltin(value) and value.__name__ in names}
     functions = {name: value for name, value in stored.items() if inspect.isfunction(value)}
-    names = names | aliases | {name for name, value in functions.items() if _mentions(value, names, submodules)}
+    callers = {name for name, value in functions.items() if _mentions(value, names, submodules)}
+    names = names | aliases | callers
     # Without special methods: Python looks them up in the class, so a wrapper in the instance has no effect.
     return sorted(
         {
@@ -133,8 +126,8 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
     )
 
 
-def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:
-    """Return whether a function, or one outside torch up to ``depth`` calls away (untuned), reads one of ``names``."""
+def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:  # a chosen depth
+    """Return whether a function, or one outside torch that it calls, up to ``depth`` calls away, reads a name."""
     read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
     used = [function.__globals__.get(name) for name in read] if depth else []  # functions may be recursive
     called = [one for one in used if inspect.isfunction(one) and not one.__module__.startswith("torch.")]

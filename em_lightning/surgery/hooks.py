@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from em_lightning.surgery.select import Site
 
-Link = Callable[..., Any]
+Link = Callable[..., Any]  # a wrapper of a method, called as link(proceed, *args, **kwargs)
 Undo = Callable[[], Any]
 
 # The dictionaries in which nn.Module.__call__ looks up hooks, or flags of hooks. They are private, but torch offers no

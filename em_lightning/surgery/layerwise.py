@@ -20,9 +20,9 @@ from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
 from em_lightning.surgery.taps import TAPS, Taps
 
-# weight="auto" averages over about ten measurements. They are ten steps apart, as each costs two more backward passes.
-_MOMENTUM = 0.9
-_AUTO_EVERY = 10
+# weight="auto" averages over about ten measurements, ten steps apart, as each needs another gradient of both losses.
+_MOMENTUM = 0.9  # chosen, not measured
+_AUTO_EVERY = 10  # chosen, not measured
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class _Norms:
 
     main: float = 0.0  # of the main loss
     em: float = 0.0  # of the EM loss
-    next_step: int = 0  # step of the next measurement
+    next_step: int = 0  # LayerwiseLoss.step from which on the norms are measured again
 
 
 class LayerwiseLoss:
@@ -61,7 +61,7 @@ class LayerwiseLoss:
 
     Attributes:
         step: the current step; :meth:`add_to` adds 1 to it.
-        values: the terms of each layer and its weight, times f, in the last call of :meth:`add_to`, for logging.
+        values: for logging, from the last :meth:`add_to`: unweighted terms, and weights w_l times :meth:`factor`.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -107,7 +107,7 @@ class LayerwiseLoss:
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
         self._said_waiting = False
-        self._trained_alone: set[str] = set()  # layers with a call that depends on parameters of their optimizer only
+        self._trained_alone: set[str] = set()  # layers with ``alone`` calls, see _of_owners
         self.norms = {path: _Norms() for path in self.losses if self.weight == "auto"}
 
     @property
@@ -131,9 +131,9 @@ class LayerwiseLoss:
         parameters of the layer's optimizer, and trains only these.
 
         Raises:
-            RuntimeError: gradients are enabled and a layer was never called, or its output carries no gradient.
+            RuntimeError: with ``all_layers`` and gradients, a layer was never called or its tap has no gradient.
         """
-        owned: dict[str, list[Tensor]] = {}
+        trainable: dict[str, list[Tensor]] = {}  # parameters that an EM loss may train, where not all
         if all_layers:
             captured = self.taps.take()
             if loss.requires_grad or any(tensor.requires_grad for tensors in captured.values() for tensor in tensors):
@@ -144,7 +144,7 @@ class LayerwiseLoss:
                 lambda tensor: tensor.requires_grad if self.taps.detach else tensor.grad_fn in graph
             )
             if owners is not None:
-                captured, owned = self._of_owners(captured, owners)
+                captured, trainable = self._of_owners(captured, owners)
         self._added.update(captured)  # also where the factor is 0
         factor = self.factor()
         self.step += 1
@@ -159,11 +159,12 @@ class LayerwiseLoss:
         for path, value in em_losses.items():
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
-            total = total + only_for(owned[path], weight * value) if path in owned else total + weight * value
+            weighted = weight * value
+            total = total + (only_for(trainable[path], weighted) if path in trainable else weighted)
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
-        """Return the weight of a layer, without the factor f."""
+        """Return the weight w_l of a layer, without :meth:`factor`."""
         if self.weight != "auto":
             return float(self.weight)
         norms = self.norms[path]  # both averages start at 0; this bias cancels
@@ -174,7 +175,7 @@ class LayerwiseLoss:
         self.taps.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the averages of ``weight="auto"``, what is known of several optimizers, and the axes."""
+        """Return the step, averages of ``weight="auto"``, axes, and layers that one optimizer has trained alone."""
         axes = {path: dict(axis.decided) for path, axis in self.taps.axes.items()}
         norms = {path: dataclasses.asdict(norms) for path, norms in self.norms.items()}
         return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone), "axes": axes}
@@ -231,11 +232,11 @@ class LayerwiseLoss:
         """Return the tensors that depend on their owner's parameters, and the parameters that their losses may train.
 
         The owner of a layer is the optimizer of its parameters. A call is ``alone`` if it depends on no parameters of
-        another optimizer, as a discriminator's on detached images; once a layer had such a call, only these count, and
-        it has no entry in the second mapping.
+        another optimizer, as a discriminator's on detached images. Once a layer had such a call, only these count, and
+        it has no entry in the second mapping: its losses may train all parameters that they depend on.
         """
         kept: dict[str, list[Tensor]] = {}
-        owned: dict[str, list[Tensor]] = {}
+        trainable: dict[str, list[Tensor]] = {}
         for path, tensors in captured.items():
             alone: list[Tensor] = []
             mixed: list[Tensor] = []
@@ -254,8 +255,8 @@ class LayerwiseLoss:
                 kept[path] = alone
             else:
                 kept[path] = mixed
-                owned[path] = list(own_parameters.values())
-        return {path: tensors for path, tensors in kept.items() if tensors}, owned
+                trainable[path] = list(own_parameters.values())
+        return {path: tensors for path, tensors in kept.items() if tensors}, trainable
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
         """Return the EM loss of a layer, and keep its terms for logging."""

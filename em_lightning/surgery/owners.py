@@ -97,7 +97,7 @@ def twins_of(model: nn.Module, path: str) -> Iterator[Twin]:
         for name, module in modules.items() if shapes else ():
             apart = name and not f"{name}.".startswith(f"{original}.") and not f"{original}.".startswith(f"{name}.")
             if apart and type(module) is type(modules[original]) and _shapes(module) == shapes:
-                yield Twin(original, name, path, name + path.removeprefix(original))
+                yield Twin(original, copy=name, layer=path, counterpart=name + path.removeprefix(original))
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # key in the checkpoint dictionary
 _PLAN = "_em_surgery_plan"  # attribute of a changed model
-# calls: see replace_modules; target: classes of replaced functions; by: a state_key or None; and axes, see use_axes
+# Of an entry, besides "axes", see use_axes. target: classes of the replaced functions; by: a state_key or None
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 
@@ -99,9 +99,9 @@ def shown_entry(entry: Mapping[str, Any]) -> str:
 
 
 def use_axes(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:
-    """Set the axes of an entry, in dictionaries that its modules hold, to those of a stored one."""
-    for own, decided in zip(entry.get("axes", []), stored.get("axes", []), strict=False):
-        own.update({int(num_axes): int(axis) for num_axes, axis in decided.items()})
+    """Copy the axes of a stored entry to one of a model, whose dictionaries are ``UnitAxis.decided`` of its modules."""
+    for decided, kept in zip(entry.get("axes", []), stored.get("axes", []), strict=False):
+        decided.update({int(num_axes): int(axis) for num_axes, axis in kept.items()})
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from em_lightning.surgery.axes import LAST_AXIS
 from em_lightning.surgery.hooks import Undo, wrap
 from em_lightning.surgery.select import Site
 
-# Arguments of a forward that mark padding: True or -inf at padding, except in the last, which is 1 at items.
+# Arguments of a forward that mark padding. In attention_mask 1 marks items, in the others True or -inf marks padding.
 _PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask", "attention_mask")
 _BLOCKED = -1e4  # scores of this or less have no weight after the softmax; many models mask with it
 _LEFT_PADDED = "convolutions padded on the left only"
@@ -39,7 +39,7 @@ class SetRefinement(EMRefinement):
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
         set_dim: the axis of the items; "auto": all axes but features and batch; rows of (N, D) are sets of one item.
         causal: whether an item depends only on itself and the items before it.
-        batch_dim: the axis of the batch for ``set_dim="auto"``, None if unknown; ignored, and 0, if ``dim`` is axis 1.
+        batch_dim: the axis of the batch for ``set_dim="auto"``, None if unknown; if ``dim`` is axis 1, it is 0.
 
     Raises:
         ValueError: ``set_dim`` is out of range, equals ``dim`` or is ambiguous, or ``causal`` has several item axes.
@@ -64,9 +64,9 @@ class SetRefinement(EMRefinement):
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
-        self.inspecting = True  # whether forwards around the layer are inspected: until one has reached the operator
-        self.attention_inspected = False  # whether a module has seen attention itself, not only its arguments
-        self.may_warn = False  # whether the last call fitted one mixture to several items and no warning said so
+        self.inspecting = True  # whether the next forward around the layer is inspected; forward() sets it to False
+        self.attention_inspected = False  # whether attention was inspected inside a module, not only its arguments
+        self.may_warn = False  # whether the last call fitted one mixture to a sequence, of which no warning was given
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
@@ -83,11 +83,11 @@ class SetRefinement(EMRefinement):
             visible = torch.ones(num_items, num_items, dtype=torch.bool, device=x.device).tril()
             mask = (visible if keep is None else visible & keep.unsqueeze(1)).expand(len(points), -1, -1)
             prefixes = points.unsqueeze(1).expand(-1, num_items, -1, -1).reshape(-1, num_items, features)
-            refined = self.reconstruct(prefixes, mask.reshape(-1, num_items), points.reshape(-1, 1, features))
+            refined = self.reconstruct(prefixes, mask.reshape(-1, num_items), queries=points.reshape(-1, 1, features))
         else:
             refined = self.reconstruct(points, keep)
-        back = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
-        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(back)
+        inverse = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
+        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(inverse)
 
     def resize(self, num_features: int) -> None:
         """Take items of another width; raise ValueError if parameters depend on the width."""
@@ -201,7 +201,7 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if operator.inspecting or operator.attention_inspected:  # not reached, or a module inside has done the check
+    if operator.inspecting or operator.attention_inspected:  # not reached, or inspected in a module inside
         return output
     if watch.causal:
         operator.inspecting = True  # the next forward raises, too
@@ -211,7 +211,7 @@ def _observe(
         )
     if watch.attention:
         operator.attention_inspected = not only_arguments
-        operator.inspecting = only_arguments  # then inspect the next forward as well
+        operator.inspecting = only_arguments  # these may not show a mask: inspect the next forward as well
     elif operator.may_warn and (one_direction or watch.one_sided):
         operator.may_warn = False
         source = "recurrent layers of one direction" if one_direction else watch.one_sided
@@ -257,12 +257,12 @@ class CausalityWatch(TorchFunctionMode):
             if on_the_left and len(args) > 0 and args[0].ndim == 3:
                 self.one_sided = _LEFT_PADDED
         elif name == "conv1d":
-            padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
+            padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)  # input, weight, bias, stride, padding
             if isinstance(padding, (int, tuple)):
                 self._padding[tuple(output.shape)] = padding if isinstance(padding, int) else padding[0]
         elif name == "__getitem__" and tuple(args[0].shape) in self._padding:
             size, padding = args[0].shape[-1], self._padding[tuple(args[0].shape)]
-            last = args[1][-1] if isinstance(args[1], tuple) and args[1] else None
+            last = args[1][-1] if isinstance(args[1], tuple) and args[1] else None  # :-padding in x[..., :-padding]
             if padding > 0 and isinstance(last, slice) and last.indices(size)[:2] == (0, size - padding):
                 self.one_sided = _LEFT_PADDED
         elif (name in _CUMULATIVE and args[0].ndim > 2) or (name in _PRODUCTS and any(map(_is_lower, args))):

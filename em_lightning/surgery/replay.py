@@ -31,9 +31,9 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
-    if not done:  # the model may be built from a module, among its hyperparameters, that surgery had changed
-        built = [_recorded_path(site) for site in walk(model) if any(map(is_built, site.module.modules()))]
-        done = [entry for entry in plan if entry["path"] in built]
+    if not done:  # a module among the hyperparameters, of which the model is built, may have been changed before
+        changed = [_recorded_path(site) for site in walk(model) if any(map(is_built, site.module.modules()))]
+        done = [entry for entry in plan if entry["path"] in changed]
         if done:
             surgery.undos += keep_in_checkpoints(model)
             record_plan(model, done)
@@ -99,16 +99,17 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     _check_numbers(entry["init_args"])
     make = functools.partial(cls, **entry["init_args"])
 
-    def prepare(site: Site, change: Change) -> None:
+    def after_change(site: Site, change: Change) -> None:
         watch_first_call(surgery, site, change, make)
         use_axes(change.entry, entry)
 
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
         where = path.removesuffix(CALLS_CHILD).removesuffix(".")  # the module that calls the function
-        swap_calls(surgery, where, make, target, calls, prepare)
+        swap_calls(surgery, where, make, target, calls, after_change)
     else:
-        change_sites(surgery, entry["operation"], find_modules(surgery.model, [path]), lambda _: make, calls, prepare)
+        sites = find_modules(surgery.model, [path])
+        change_sites(surgery, entry["operation"], sites, lambda _: make, calls, after_change)
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
@@ -140,6 +141,7 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
 
     Raises:
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
+        TypeError: ``cls`` is not the class of a LightningModule.
     """
     if isinstance(cls, nn.Module) or not hasattr(cls, "load_from_checkpoint"):
         shown = cls.__name__ if isinstance(cls, type) else f"an instance of {type(cls).__name__}"

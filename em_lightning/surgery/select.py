@@ -71,14 +71,14 @@ def walk(model: nn.Module) -> Iterator[Site]:
         functions = {name: each for name, each in vars(parent).items() if callable(each) and inspect.isroutine(each)}
         # named_children() leaves out an instance's second name
         for name, value in [*parent._modules.items(), *functions.items()]:
-            if (id(parent), name) in seen or any(value is above for above in ancestors):  # or an ancestor
+            if (id(parent), name) in seen or any(value is above for above in ancestors):  # visited, or an ancestor
                 continue
             seen.add((id(parent), name))
             if isinstance(value, nn.Module):
                 yield Site(prefix + name, value, parent, name, ancestors)
                 yield from visit(value, f"{prefix}{name}.", ancestors)
             elif value in FUNCTIONS:
-                yield Site(prefix + name, FUNCTIONS[value](), parent, name, ancestors, value)
+                yield Site(prefix + name, FUNCTIONS[value](), parent, name, ancestors, function=value)
 
     return visit(model, "", ())
 
@@ -149,7 +149,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     Each is a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
     ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. Submodules of a
     match are not matched again by the same entry. Submodules of modules that surgery built are selected only by their
-    full path or with ``inserted=True``, which also omits the warning of modules in plain lists: the surgery gave it.
+    full path or with ``inserted=True``. That also omits the warning of modules in plain lists, as the surgery gave it.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
@@ -213,7 +213,7 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
 
 
 def described(where: Any) -> str:
-    """Return the text of a selection in errors and state keys; that of a function has its line, which lambdas need."""
+    """Return the text of a selection for errors and state keys; a function has its line, by which lambdas differ."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
     if inspect.isfunction(where):

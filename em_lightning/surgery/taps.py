@@ -76,7 +76,7 @@ class Taps:
         self.skip = skip
         self.recording = True
         self.frozen: set[str] = set()
-        self.captured: list[tuple[str, Tensor, int]] = []  # path, tensor and its version
+        self.captured: list[tuple[str, Tensor, int]] = []  # path, tensor and its _version()
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
         for site in find_modules(model, where):
@@ -87,9 +87,9 @@ class Taps:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
-        everything = list(walk(model))
+        all_sites = list(walk(model))
         for site in self.sites:
-            self._undos += [*disable_fast_path(site), *_warn_if_shared(everything, site)]
+            self._undos += [*disable_fast_path(site), *_warn_if_shared(all_sites, site)]
             self._undos.append(self._register(site.module, site.path))
 
     @contextlib.contextmanager
@@ -161,14 +161,14 @@ class Taps:
         return taken
 
 
-def _warn_if_shared(everything: list[Site], site: Site) -> list[Undo]:
+def _warn_if_shared(all_sites: list[Site], site: Site) -> list[Undo]:
     """Warn of an instance without parameters that serves several places; return the undo functions of the hooks.
 
-    It has several paths, or the module that holds it calls it several times in one forward.
+    Such an instance has several paths, or the module that holds it calls it several times in one forward.
     """
     if list(site.module.parameters()):
         return []  # the same weights are the same layer
-    paths = [other.path for other in everything if other.module is site.module]
+    paths = [other.path for other in all_sites if other.module is site.module]
     if len(paths) > 1:
         _warn_of_sharing(site.path, f"has the names {', '.join(paths)}")
         return []
@@ -177,7 +177,7 @@ def _warn_if_shared(everything: list[Site], site: Site) -> list[Undo]:
         counter.on_excess = _Hook()  # does nothing
         _warn_of_sharing(path, why)
 
-    counter = CallCounter(site.path, 1, _Hook(warn_once))
+    counter = CallCounter(site.path, allowed=1, on_excess=_Hook(warn_once))
     return [wrap(site.caller, "forward", counter.around), site.module.register_forward_pre_hook(counter.check).remove]
 
 
