@@ -84,7 +84,7 @@ class LearnedStart(nn.Module):
 
     def forward(self, sets: Sets, score: Score | None) -> Parameters:
         """Return the start of each set."""
-        mean, unit, covariance = sets.points.mean, sets.points.unit()[:, None, None], sets.covariance
+        mean, unit, covariance = sets.points.mean, sets.points.root_mean_variance()[:, None, None], sets.covariance
         root = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
         covariances = covariance.expand(torch.ones_like(mean), len(self.means))
         covariances = covariance.scaled(covariances, root.square().squeeze(-1))
