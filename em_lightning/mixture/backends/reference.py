@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 # other devices, which need larger blocks to use all cores. The time of an E-step on a CPU differs by at most 20 % from
 # 2**17 to 2**21 numbers, and is higher below; the second number is chosen, not measured.
 _BLOCK_SIZES = 2**17, 2**22
-# Up to this many numbers, 64 KiB in float64, results are stored: one block without recomputation takes half the time.
+# Up to this many numbers (64 KiB in float64) use one block without recomputation, which takes about half the time.
 _SMALL = 2**13
 
 Tensors = Sequence[Tensor | None]

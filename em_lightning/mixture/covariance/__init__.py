@@ -33,11 +33,11 @@ COVARIANCES: dict[str, Covariance] = {
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
     """Return the type that the shapes of covariances and means (B, K, D) imply; raise ValueError if none fits."""
-    num_sets, *sizes = means.shape  # the sizes are K and D
+    num_sets, k, d = means.shape
     for covariance in COVARIANCES.values():
-        if covariances.shape == (num_sets, *covariance.shape(*sizes)):
+        if covariances.shape == (num_sets, *covariance.shape(k, d)):
             return covariance
-    known = ", ".join(f"{name} {(num_sets, *covariance.shape(*sizes))}" for name, covariance in COVARIANCES.items())
+    known = ", ".join(f"{name} {(num_sets, *covariance.shape(k, d))}" for name, covariance in COVARIANCES.items())
     raise ValueError(
         f"covariances of shape {tuple(covariances.shape)} must fit means of shape {tuple(means.shape)}: {known}"
     )

@@ -65,7 +65,7 @@ class DiagonalCovariance(FullCovariance):
     ) -> tuple[Tensor, Tensor]:
         # The scatter (B, K, S) has S = D entries; of a variance shared by D features, it is their sum, and S = 1.
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
-        least = smallest_pivots(self.second_moments(variances.abs(), means))  # they may be negative
+        least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make variances negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
