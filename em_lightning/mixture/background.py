@@ -11,9 +11,9 @@ from torch import Tensor
 from em_lightning.mixture.e_step import BackgroundTerms
 from em_lightning.mixture.points import Points, prepare
 
-# Smallest side of a bounding box relative to its longest, so that flat sets have a finite density.
+# Smallest side of a bounding box relative to its longest: flat sets get a finite density. Chosen, not measured.
 _MIN_SIDE_RATIO = 1e-3
-# Smallest estimated weight of the background, and of the components: EM cannot increase a weight of zero.
+# Smallest estimated weight of the background or of all components: EM cannot change weights of 0. Chosen, not measured.
 _MIN_WEIGHT = 1e-5
 
 
@@ -24,7 +24,7 @@ class UniformBackground:
     .. math:: p(x) = w_0 \frac{1}{V} + (1 - w_0) \sum_k \pi_k \, p_k(x)
 
     with the volume :math:`V` of the box of points with positive weight (no side below a thousandth of the longest), or
-    with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood.
+    with :math:`1 / V = e^{-\mathrm{energy}}` if ``energy`` is given. EM does not lower the likelihood of this density.
 
     With a fixed weight :math:`w_0` the weights :math:`\pi_k` of a mixture sum to 1. With ``estimate=True`` the M-step
     estimates one weight per set, the mean responsibility of the background, clamped to [1e-5, 1 - 1e-5]. **The weights
@@ -58,31 +58,31 @@ class UniformBackground:
             raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K); if :math:`w_0` is estimated, scale weights of sum 1 by :math:`1 - w_0`."""
+        """Return log-weights (B, K) of components; if :math:`w_0` is estimated, reduce a sum of 1 to 1 - w_0."""
         if not self.estimate:
             return log_weights
-        total = log_weights.logsumexp(-1, keepdim=True)
-        rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
-        # Scaled weights sum to at most 1 - _MIN_WEIGHT; a threshold half as far from 1 tolerates round-off.
-        return torch.where(total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + rest, log_weights)
+        log_total = log_weights.logsumexp(-1, keepdim=True)
+        log_rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
+        # Scaled weights sum to at most 1 - _MIN_WEIGHT. The threshold halfway from this sum to 1 tolerates round-off.
+        return torch.where(log_total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + log_rest, log_weights)
 
-    def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
-        """Return log-weights (B, K) of the M-step, scaled by the estimated :math:`1 - w_0`; the masses are (B,)."""
+    def update_weights(self, log_weights: Tensor, mass_of_components: Tensor, background_mass: Tensor) -> Tensor:
+        """Return log-weights (B, K) of the M-step, scaled by the estimated :math:`1 - w_0`; masses are (B,)."""
         if not self.estimate:
             return log_weights
-        total = component_mass + background_mass
+        total = mass_of_components + background_mass
         share = torch.where(total > 0, background_mass / torch.where(total > 0, total, 1.0), self.weight)
         return log_weights + torch.log1p(-share.clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT)).unsqueeze(-1)
 
     def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in their units."""
-        points = prepare(x, lambda z: z, mask, weights, with_moments=False)
+        points = prepare(x, lambda z: z, mask, weights, with_moments=False)  # a background uses no features
         return points.log_volume() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
         """Return the terms of this background; ``log_weights`` (B, K) are those of the components.
 
-        ``energies`` (B,), in the user's units, replace the density of the bounding box.
+        ``energies`` (B,), as those of :meth:`energies`, replace the density of this background.
         """
         if self.estimate:
             log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()
@@ -91,18 +91,18 @@ class UniformBackground:
             log_weight = torch.full_like(points.mass, math.log(self.weight))
             log_rest = torch.full_like(points.mass, math.log1p(-self.weight))
         log_density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
-        return BackgroundTerms(log_density + log_weight, log_weight, log_rest)
+        return BackgroundTerms(log_joint=log_density + log_weight, log_weight=log_weight, log_rest=log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
-        """Return ``log p_0`` (B,) in frame coordinates."""
+        """Return the log-density (B,) of the background, a constant on each set, in frame coordinates."""
         if self.energy is not None:
             return points.log_volume() - self.energy
         z = points.coordinates()
         low = high = z
-        if points.weights is not None:  # a set of zero total weight uses the box of all rows
+        if points.weights is not None:
             counted = (points.weights > 0).unsqueeze(1)
-            counted = counted | ~counted.any(-1, keepdim=True)
+            counted = counted | ~counted.any(-1, keepdim=True)  # all points of a set of zero total weight
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)
         sides = high.amax(-1) - low.amin(-1)
-        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)  # eps for equal points
+        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)  # equal points: no sides
         return -torch.maximum(sides, least).log().sum(-1)

@@ -46,7 +46,7 @@ class SufficientStatistics(NamedTuple):
     mass: (B, K), :math:`\sum_n w_n r_{nk}`.
     zeroth: (B, K), :math:`\sum_n w_n r_{nk} u_{nk}`: the mass for Gaussian components, where :math:`u_{nk} = 1`.
     first: (B, K, D), :math:`\sum_n w_n r_{nk} u_{nk} x_n`.
-    second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`, with the S features s of second degree of the family.
+    second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`; ``s(x)`` are S products of features, see ``covariance``.
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero if not requested.
     background_mass: (B,), the mass of the background.
     num_points: (B,), number of points of positive weight.
@@ -95,28 +95,22 @@ def e_step(
 
     .. math::
         r_{nk} = \frac{\pi_k p_k(x_n)}{\sum_j \pi_j p_j(x_n)}, \qquad
-        S_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
+        \text{statistics}_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
 
-    Parameters, statistics and x are in frame coordinates. ``respond`` maps joint log-densities (B, K, N), with the
-    background last, to responsibilities; by default it is their softmax after division by the ``temperature``.
-    ``couples_points`` tells whether ``respond`` needs all points of a set at once.
+    Letters are those of :class:`SufficientStatistics`, coordinates those of the frame. ``respond`` maps joint
+    log-densities (B, K, N), with the background last, to responsibilities; by default it is the softmax of their
+    quotient by the ``temperature``. ``couples_points`` tells whether ``respond`` needs all points of a set at once.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     # With a temperature, the native log-likelihood would be that of the tempered densities.
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
-        arguments = _fused_arguments(points, parameters, likelihood.family, temperature)
-        moments, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
+        arguments = _native_arguments(points, parameters, likelihood.family, temperature)
+        moments, log_likelihood = native.e_step(*arguments, with_log_likelihood)
         mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
-        mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
-        return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
+        mass, no_background = mass.squeeze(-1), torch.zeros_like(points.mass)
+        return SufficientStatistics(mass, mass, first, second, log_likelihood, no_background, points.num_points)
     theta, peak = likelihood.family.natural_parameters(parameters)
-
-    def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
-        if respond is None:
-            return (joint / temperature if tempered else joint).softmax(1)
-        # Competitions may depend on the unit of the densities: convert to the user's units.
-        return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
@@ -125,11 +119,14 @@ def e_step(
         lifted = points.lift(block, sets)
         joint, irls_weights = log_joint(lifted, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, background)
-        responsibilities = responsibilities_of(joint, sets)
+        if respond is None:
+            responsibilities = (joint / temperature if tempered else joint).softmax(1)
+        else:  # competitions may depend on the unit of the densities: convert to the user's units
+            responsibilities = respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
-            density = joint.logsumexp(1)
-            log_likelihood = (density if weights is None else density * weights).sum(-1)
+            log_p = joint.logsumexp(1)
+            log_likelihood = (log_p if weights is None else log_p * weights).sum(-1)
         if weights is not None:
             responsibilities = responsibilities * weights.unsqueeze(1)
         mass, background_mass = responsibilities.sum(-1).tensor_split([theta.shape[1]], 1)
@@ -139,45 +136,43 @@ def e_step(
         moments = (lifted @ responsibilities.mT).mT  # for few components, twice as fast as the transposed product
         return mass, moments, log_likelihood, background_mass.sum(1)
 
-    numbers_per_point = max(theta.shape[1:])
-    mass, moments, log_likelihood, background_mass = sum_blocks(
-        sums_of_block,
-        (points.x, points.weights),
-        (theta, peak, *(likelihood.background or ())),
-        numbers_per_point,
-        block_sizes=(2**62, 2**62) if couples_points else None,  # one block of all sets and points
-    )
+    numbers_per_point = max(theta.shape[1:])  # K joint log-densities or F features
+    tensors = (theta, peak, *(likelihood.background or ()))
+    block_sizes = (2**62, 2**62) if couples_points else None  # one block of all sets and points
+    results = sum_blocks(sums_of_block, (points.x, points.weights), tensors, numbers_per_point, block_sizes)
+    mass, moments, log_likelihood, background_mass = results
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
     return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
 
 
-def _fused_arguments(
+def _native_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
-    """Return the arguments of the native functions; a temperature T divides W, the inverse factor, by ``sqrt(T)``."""
+    """Return the first arguments of the operators in ``native.py``; a temperature T divides joint log-densities."""
     log_weights, means, covariances = parameters
-    factor = family.factorize(covariances, means)
-    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
+    factors = family.factorize(covariances, means)
+    factor, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factors)  # per component
     peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
-    root = temperature**0.5
-    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family.whitening
+    root = temperature**0.5  # as covariances are multiplied by T
+    mixture = means, inverse / root, peak, (factor * root).detach()
+    return points.x, points.weights, *mixture, *points.frame, family.native_kind
 
 
 def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
     """Return ``log p(x_n)`` (B, N) in frame coordinates."""
     family, kernel, background = likelihood
     if kernel is None and background is None and native.serves(points.x, family, parameters):
-        return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
+        return native.log_density(*_native_arguments(points._replace(weights=None), parameters, family))
     theta, peak = family.natural_parameters(parameters)
 
-    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *background: Tensor) -> tuple[Tensor]:
+    def log_p_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *background: Tensor) -> tuple[Tensor]:
         joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
         return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
-    (density,) = map_blocks(density_of_block, (points.x,), tensors, numbers_per_point=max(theta.shape[1:]))
-    return density
+    (log_p,) = map_blocks(log_p_of_block, (points.x,), tensors, numbers_per_point=max(theta.shape[1:]))
+    return log_p
 
 
 def log_joint(
@@ -192,7 +187,8 @@ def log_joint(
     if kernel is None:
         return gaussian, None
     squared_distance = (2.0 * (peak.unsqueeze(-1) - gaussian)).clamp(min=0.0)
-    log_ratio = half_log_two_pi(num_features) - kernel.elliptical_log_normalizer(num_features)  # of the normalizers
+    # The peak contains the normalizer of a Gaussian; replace it by the kernel's.
+    log_ratio = half_log_two_pi(num_features) - kernel.elliptical_log_normalizer(num_features)
     joint = peak.unsqueeze(-1) + log_ratio - kernel.rho(squared_distance, num_features)
     return joint, kernel.irls_weight(squared_distance, num_features)
 
@@ -205,8 +201,8 @@ def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Like
 
 
 def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:
-    """Append the background, if there is one, to the joint log-densities (B, K, N) of the components."""
+    """Append :class:`BackgroundTerms`, if not empty, to the joint log-densities (B, K, N) of the components."""
     if not background:
         return joint
-    of_background, _, log_rest = (part[:, None, None] for part in background)
-    return torch.cat([joint + log_rest, of_background.expand(-1, 1, joint.shape[-1])], 1)
+    background_joint, _log_weight, log_rest = (part[:, None, None] for part in background)
+    return torch.cat([joint + log_rest, background_joint.expand(-1, 1, joint.shape[-1])], 1)

@@ -25,17 +25,18 @@ def em_step(
 ) -> Mixture:
     r"""Return the mixtures after one EM iteration.
 
-    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; the parameters are the moments of the points under r.
+    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; component k is fitted to the points with weights r_nk.
 
     Args:
         x: points (B, N, D), or (1, N, D) for all mixtures.
         mixture: B mixtures of any covariance type, which is kept.
         mask: (B, N) or (1, N), false where a row is padding.
         weights: (B, N) or (1, N), how often each point counts.
-        floor: added to every variance, in squared units of ``x``.
+        floor: added to every variance, in squared units of ``x``; scikit-learn's ``reg_covar``.
 
     Raises:
-        ValueError: ``x`` does not match the mixtures, or has no rows; TypeError if it is not a floating-point tensor.
+        ValueError: ``x`` does not match the mixtures, or has no rows.
+        TypeError: ``x`` is not a floating-point tensor.
 
     Example:
         >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
@@ -83,14 +84,13 @@ def fit(
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
-    A set that has converged keeps its parameters, so that its result does not depend on the other sets. ``step`` maps a
-    named tuple of tensors (B, ...) and the number of the iteration, from 1, to the tuple after the iteration and the
-    objective per point (B,) before it. ``previous`` is the last objective of an earlier fit that this one continues. A
-    tolerance of 0 runs all iterations.
+    A set that has converged keeps its parameters, so that its result does not depend on the other sets.
+    ``step(state, iteration)``, from iteration 1, takes a named tuple of tensors (B, ...). It returns the next state and
+    the objective per point (B,) of the given state. ``previous`` is the last objective of an earlier fit that this one
+    continues. A tolerance of 0 runs all iterations.
     """
-    size, device = len(state[0]), state[0].device
-    steps = torch.zeros(size, dtype=torch.long, device=device)
-    running = torch.ones(size, dtype=torch.bool, device=device)
+    running = torch.ones(len(state[0]), dtype=torch.bool, device=state[0].device)
+    steps = torch.zeros_like(running, dtype=torch.long)
     objectives = []
     for iteration in range(1, max_iters + 1):
         after, objective = step(state, iteration)
@@ -142,7 +142,7 @@ class StreamedEM(NamedTuple):
         zeros = self.frame.center.new_zeros(1)
         mass = zeros.expand(1, num_components)
         first = zeros.expand(1, num_components, self.frame.center.shape[1])
-        second = self.covariance.second_degree(first.mT).mT
+        second = self.covariance.second_degree(first.mT).mT  # zeros
         return SufficientStatistics(mass, mass, first, second, zeros, background_mass=zeros, num_points=zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
@@ -150,9 +150,9 @@ class StreamedEM(NamedTuple):
         if x.shape[-1] != mixture.features:
             raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # sums need more than half precision
-            features, weights = self.covariance.features, None if weights is None else weights.unsqueeze(0)
+            phi, weights = self.covariance.features, None if weights is None else weights.unsqueeze(0)
             points = prepare(
-                x[None], features, weights=weights, frame=self.frame, normalized_weights=False, with_moments=False
+                x[None], phi, weights=weights, frame=self.frame, normalized_weights=False, with_moments=False
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
@@ -179,9 +179,9 @@ class StreamedEM(NamedTuple):
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance must be given, not None: the prior's covariance is a fraction of it")
-                # A prior that does not read the variance needs only its shape (1, D), which the center has.
+                # A prior that does not read the variance needs only a tensor of its shape (1, D), such as the center.
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
-                mean = torch.zeros_like(center)
+                mean = torch.zeros_like(center)  # the center in frame coordinates
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)
             covariances = self.frame.enter_parameters(mixture.parameters()).covariances
             after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
@@ -211,7 +211,7 @@ def fit_blocks(
     Args:
         blocks: returns the blocks of a pass, each as points (n, D) and how often each counts (n,) or ``None``.
         start: a mixture of one set.
-        max_iters: largest number of iterations.
+        max_iters: largest number of iterations; this default, and those of ``tol`` and ``floor``, are scikit-learn's.
         tol: stop if the log-likelihood changes by less, in nats per point; 0 runs all iterations.
         floor: added to every variance, in squared units of the points.
         previous: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
@@ -240,7 +240,7 @@ def fit_blocks(
             raise ValueError("blocks() must yield at least one block")
         log_likelihood = statistics.log_likelihood / statistics.mass.sum(-1)
         if not math.isfinite(float(log_likelihood)):
-            raise ValueError(f"the log-likelihood is {float(log_likelihood)}: points must be finite, a weight positive")
+            raise ValueError(f"the log-likelihood is {float(log_likelihood)}; give finite points and a positive weight")
         if report is not None:
             report(iteration, float(log_likelihood))
         return streamed.m_step(statistics, mixture, floor).parameters(), log_likelihood

@@ -20,8 +20,8 @@ class PseudoCounts(NamedTuple):
     weight_count: (B, K), ``alpha - 1``, added to the mass; the sizes B and K may be 1, here and below.
     mean_count: (B, K), ``kappa``, points at the prior mean.
     covariance_count: (B, K), ``s``, points with the prior covariance about the mean of the component.
-    mean: (B, 1, D), the prior mean.
-    scatter: (B, K, S), the expectation of ``second_degree(x - mu)`` of the family under the prior covariance.
+    mean: (B, 1, D), the prior mean ``m_0``.
+    scatter: (B, K, S), the expectation of ``second_degree(x - mu)`` of the family under the prior covariance ``S_0``.
     """
 
     weight_count: Tensor
@@ -48,21 +48,21 @@ def m_step(
         + s S_0}{N_k + s} + \epsilon I
 
     with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components. Here
-    :math:`r_{nk}` includes the weight of point n. The floor :math:`\epsilon` is (B,). An iterative estimate starts from
-    the covariances ``before``.
+    :math:`r_{nk}` includes the weight of point n. The counts of the prior are :math:`\alpha - 1, \kappa` and :math:`s`,
+    its mean is :math:`m_0` and its covariance :math:`S_0`. The floor :math:`\epsilon` is (B,). An iterative estimate
+    starts from the covariances ``before`` the step.
     """
-    mass, zeroth, first, second, _, background_mass, _ = statistics
+    mass, zeroth, first, second, _log_likelihood, background_mass, _num_points = statistics
     gaussian = zeroth is mass  # e_step returns the same tensor for both
-    plain = gaussian and prior is None and background is None and family.whitening is not None
+    plain = gaussian and prior is None and background is None and family.native_kind is not None
     closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
     if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
-        return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
-    # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
-    eps = 10.0 * torch.finfo(mass.dtype).eps
+        return Parameters(*native.m_step(mass, first, second, before, floor, family.native_kind))
+    eps = 10.0 * torch.finfo(mass.dtype).eps  # added to the mass as in scikit-learn, so that each step agrees
     zeroth_eps: float | Tensor = eps
-    if not gaussian:
+    if not gaussian:  # times the mean IRLS weight, because the zeroth sum contains these weights
         zeroth_eps = eps * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
-    component_mass, mass = mass.sum(-1), mass + eps
+    mass_of_components, mass = mass.sum(-1), mass + eps
     scatter_mass = mass
     if prior is not None:
         zeroth = zeroth + prior.mean_count
@@ -75,11 +75,11 @@ def m_step(
         scatter, scatter_mass = scatter + strength.unsqueeze(-1) * prior.scatter, scatter_mass + strength
         added = prior.weight_count.expand_as(mass)  # the background gets the same count as a component
         mass, background_mass = mass + added, background_mass + added.mean(-1)
-        component_mass = component_mass + added.sum(-1)
+        mass_of_components = mass_of_components + added.sum(-1)
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
     log_weights = (mass / mass.sum(-1, keepdim=True)).log()
     if background is not None:
-        log_weights = background.update_weights(log_weights, component_mass, background_mass)
+        log_weights = background.update_weights(log_weights, mass_of_components, background_mass)
     return Parameters(log_weights, means, covariances)
 
 

@@ -12,7 +12,7 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 
 # Up to this many numbers, points are copied to features-first layout, which is faster to read.
-_LARGEST_COPY = 2**22  # 16 MiB in float32; larger inputs are read in place, to save memory
+_LARGEST_COPY = 2**22  # 16 MiB in float32; more are read in place, to save memory. Chosen, not measured.
 
 
 class Parameters(NamedTuple):
@@ -61,11 +61,11 @@ class Points(NamedTuple):
     """A batch of point sets with the frame of their coordinates.
 
     x: (B, D, N), the points in the user's units and dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` means 1 for each.
+    weights: (B, N), zero where masked; the mean of positive weights is 1, except in blocks. ``None``: all are 1.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
-    frame: the frame, of which the coordinates are called z below.
-    features: function from z (B, D, N) to ``phi(z) = [1, z, s(z)]`` (B, F, N) of the covariance type.
+    frame: its coordinates are called z below.
+    features: the covariance type's function from z (B, D, N) to ``phi(z) = [1, z, s(z)]`` (B, F, N).
     mean: (B, D), weighted mean of z; zero if not requested.
     variance: (B, D), weighted variance of z; zero if not requested.
     eps: relative precision of the points.
@@ -83,25 +83,25 @@ class Points(NamedTuple):
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """D, the number of features of x."""
         return self.x.shape[1]
 
     def coordinates(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
-        """Return frame coordinates (b, D, n) of a block of ``x`` that belongs to some sets, or of all points."""
+        """Return frame coordinates (b, D, n) of a block (b, D, n) of points of some sets, or of all points."""
         center, scale = self.frame
         block = self.x if block is None else block
         return Frame(center[sets], scale[sets]).enter(block.to(center.dtype))
 
     def lift(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
-        """Return features ``phi`` (b, F, n) of a block of ``x`` that belongs to some sets, or of all points."""
+        """Return ``phi(z)`` (b, F, n) of a block (b, D, n) of points of some sets, or of all points."""
         return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
-        """Convert a floor of variances from the user's units to frame coordinates (B,), at least ``eps`` squared."""
+        """Convert a floor of variances from the user's units to frame coordinates (B,), at least their round-off."""
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
-    def unit(self) -> Tensor:
-        """Return the set's unit (B,): the root of the mean variance over features, at least ``eps``."""
+    def root_mean_variance(self) -> Tensor:
+        """Return the root of the mean variance over features (B,), at least ``eps``."""
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
@@ -118,7 +118,7 @@ def prepare(
     normalized_weights: bool = True,
     with_moments: bool = True,
 ) -> Points:
-    """Return points (B, N, D) with weights (B, N) ready for EM; ``features`` is that of the covariance type.
+    """Return points (B, N, D) with weights (B, N) ready for EM; ``features`` is the covariance type's ``phi``.
 
     The frame is by default that of the mean and the extent of each set. Rows with a false mask (B, N) may hold any
     value. Weights are divided by their mean, unless the points are a block of a larger set
@@ -195,7 +195,7 @@ def _moments(points: Points) -> tuple[Tensor, Tensor]:
         weighted = z if weights is None else z * weights.unsqueeze(1)
         return weighted.sum(-1), (weighted * z).sum(-1)
 
-    first, second = sum_blocks(sums_of_block, (points.x, points.weights), (), points.num_features)
+    first, second = sum_blocks(sums_of_block, (points.x, points.weights), (), numbers_per_point=points.num_features)
     mass = torch.where(points.mass > 0, points.mass, 1.0).unsqueeze(-1)
     mean = first / mass
     return mean, (second / mass - mean.square()).clamp(min=0.0)

@@ -39,12 +39,12 @@ class MixturePrior(nn.Module):
         weight_concentration: :math:`\alpha \ge 1`; 1 is flat.
         mean_strength: :math:`\kappa \ge 0`, in points; the default is that of the source.
         mean: :math:`m_0` (D,), in units of the points; the mean of each set by default.
-        covariance_strength: :math:`s \ge 0`, in points. The source has :math:`2 D + 4`, from D + 2 degrees of freedom;
-            the default of 1 is weak, but makes the covariances of few points invertible.
+        covariance_strength: :math:`s \ge 0`, in points. The source chooses D + 2 degrees of freedom, which are
+            :math:`s = 2 D + 4`. The default of 1 is weak, but makes the covariances of few points invertible.
         covariance: :math:`S_0`, diagonal: a number is a fraction of each feature's variance in the set; a sequence is
-            variances (D,) in squared units of the points; the fraction :math:`K^{-2/D}` by default.
-        learnable: train the pseudo-counts :math:`\alpha - 1, \kappa, s` that are positive and, if :math:`s` is, the
-            scale of :math:`S_0`. Each is its value here times the exponential of a parameter (1,) that starts at 0.
+            variances (D,) in squared units; by default the fraction :math:`K^{-2/D}`, that of K equal parts of a cube.
+        learnable: train those of the pseudo-counts :math:`\alpha - 1, \kappa, s` that are positive, and the scale of
+            :math:`S_0` if :math:`s > 0`. Each is its value here times the exponential of a parameter (1,), at first 0.
 
     Raises:
         ValueError: a pseudo-count is negative, or the prior covariance is not positive.
@@ -76,10 +76,10 @@ class MixturePrior(nn.Module):
             if not 0.0 <= counts[name] < math.inf:
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         self._counts = counts
-        for name, count in counts.items():  # parameters: the log of the trained pseudo-count over the given one
+        for name, count in counts.items():  # log_weight, ...: the log of the trained pseudo-count over the given one
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
-        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None  # of S_0
+        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None  # scales S_0
         self.fraction = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)
@@ -97,20 +97,20 @@ class MixturePrior(nn.Module):
         self, frame: Frame, mean: Tensor, variance: Tensor, covariance: Covariance, num_components: int
     ) -> PseudoCounts:
         """Return the pseudo-counts for sets whose points have a mean (B, D) and variance (B, D) in a frame."""
-        features, dtype = mean.shape[1], mean.dtype
+        num_features, dtype = mean.shape[1], mean.dtype
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
-            if value is not None and len(value) != features:
-                raise ValueError(f"{name} of the prior has shape ({len(value)},); it must be ({features},)")
+            if value is not None and len(value) != num_features:
+                raise ValueError(f"{name} of the prior has shape ({len(value)},); it must be ({num_features},)")
         if self.mean is not None:
             mean = (mean.new_tensor(self.mean) - frame.center) / frame.scale.unsqueeze(-1)
         if self.covariance is not None:
             variance = variance.new_tensor(self.covariance) / frame.scale.square().unsqueeze(-1)
         else:
-            variance = variance * (num_components ** (-2.0 / features) if self.fraction is None else self.fraction)
+            variance = variance * (num_components ** (-2.0 / num_features) if self.fraction is None else self.fraction)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
         # The matrix diag(variance) as statistics of second degree: variance_d second_degree(e_d), summed over d.
-        unit_vectors = torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0)
+        unit_vectors = torch.eye(num_features, dtype=dtype, device=mean.device).unsqueeze(0)
         scatter = (variance @ covariance.second_degree(unit_vectors)[0].mT).unsqueeze(1)
         weight_count, mean_count, covariance_count = (
             (mean.new_ones(1, 1) * self.count(name, dtype)).to(dtype) for name in ("weight", "mean", "covariance")
@@ -140,11 +140,11 @@ class MixturePrior(nn.Module):
 def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCounts) -> Tensor:
     """Return the log of the prior density (B,), up to a constant; parameters and counts have the same coordinates."""
     log_weights, means, covariances = parameters
-    features = means.shape[-1]
-    # P = Sigma^-1; natural parameters of second degree times second_degree(d) are -d^T P d / 2. A shared P counts once.
+    num_features = means.shape[-1]
+    # P = Sigma^-1: theta of second degree times second_degree(d) is -d^T P d / 2. A shared P counts once.
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
-    minus_half_p = theta[..., 1 + features :]
-    log_det_root = peak + half_log_two_pi(features)  # log |P|^(1/2)
+    minus_half_p = theta[..., 1 + num_features :]
+    log_det_root = peak + half_log_two_pi(num_features)  # log |P|^(1/2)
     mean_term = (minus_half_p * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
     covariance_term = (log_det_root + (minus_half_p * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
     terms = counts.weight_count * log_weights + counts.mean_count * mean_term

@@ -121,7 +121,7 @@ class ResidualCorrection(nn.Module):
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> tuple[Tensor, Tensor]:
         """Return features h (B, K, 7 D + 10), which depend on the scale only through the floor, and neighbours."""
-        num_components, unit = after.means.shape[1], points.unit()[:, None, None]
+        num_components, unit = after.means.shape[1], points.root_mean_variance()[:, None, None]
         neighbours = neighbour_moments(after, self.covariance, unit)
         axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)
         deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)

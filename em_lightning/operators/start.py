@@ -85,7 +85,7 @@ class LearnedStart(nn.Module):
 
     def forward(self, sets: Sets, score: Score | None) -> Parameters:
         """Return the only start of each set, for any score."""
-        mean, unit, family = sets.points.mean, sets.points.unit()[:, None, None], sets.family
+        mean, unit, family = sets.points.mean, sets.points.root_mean_variance()[:, None, None], sets.family
         deviation = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
         identities = family.expand(torch.ones_like(mean), len(self.means))  # unit variances
         covariances = family.scaled(identities, deviation.square().squeeze(-1))

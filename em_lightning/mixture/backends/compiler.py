@@ -21,7 +21,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
 @functools.cache
 def load(source: str, *definitions: str) -> tuple[Any, str]:
-    """Return the compiled library and an empty string, or ``None`` and the error message."""
+    """Return the library compiled with ``-DNAME=value`` definitions and "", or ``None`` and the error message."""
     compiler = shutil.which(name := os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, f"no {name} was found on the PATH"
@@ -35,14 +35,14 @@ def load(source: str, *definitions: str) -> tuple[Any, str]:
         target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Compile under a temporary name, because several processes may compile at once.
-            handle, part = tempfile.mkstemp(suffix=".so", dir=target.parent)
+            handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", part]
+                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", temporary]
                 subprocess.run(command, capture_output=True, text=True, check=True)
-                os.replace(part, target)
+                os.replace(temporary, target)
             finally:
-                Path(part).unlink(missing_ok=True)
+                Path(temporary).unlink(missing_ok=True)
         return ctypes.CDLL(str(target)), ""
     except subprocess.CalledProcessError as error:
         return None, error.stderr

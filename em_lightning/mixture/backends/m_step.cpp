@@ -3,7 +3,8 @@
 // For sums of one component, mass N, first f = sum_n r_n z_n and second s, with e a small constant added to the mass:
 //   mean m = f / (N + e),  covariance C = (s - N m m^T) / (N + e) + floor I,  weight (N + e) / sum over components.
 // Full covariances have sums s of the products z_i z_j for i <= j, diagonal ones those of the squares. Spherical ones
-// have the sum of |z|^2, and their variance is the average over features.
+// have the sum of |z|^2, and their variance is the average over features. Variances of diagonal and spherical ones are
+// at least the smallest that is distinguishable from round-off.
 
 #include <algorithm>
 #include <cmath>
@@ -25,7 +26,7 @@ struct Problem {
   const double *grad_log_weights, *grad_means, *grad_covariances;
   double *grad_mass, *grad_first, *grad_second;
 
-  int64_t num_second() const {
+  int64_t num_second() const {  // numbers per component
     return kind == kFull ? features * (features + 1) / 2 : kind == kDiagonal ? features : 1;
   }
   int64_t covariance_size() const { return kind == kFull ? features * features : num_second(); }
@@ -42,6 +43,7 @@ double smallest_variance(double variance, double mean_square) {
   return std::max(4.0 * kEpsilon * (std::abs(variance) + mean_square), std::pow(kEpsilon, 4));
 }
 
+// Writes the mean and the covariance of a component.
 void estimate(const Problem& p, int64_t component, double floor) {
   const int64_t D = p.features;
   const double N = p.mass[component], mass = N + kAdded;
@@ -51,8 +53,8 @@ void estimate(const Problem& p, int64_t component, double floor) {
   if (p.kind == kFull) {
     for (int64_t i = 0; i < D; ++i)
       for (int64_t j = i; j < D; ++j) {
-        const double entry = (*second++ - N * mean[i] * mean[j]) / mass;
-        covariance[i * D + j] = covariance[j * D + i] = i == j ? entry + floor : entry;
+        const double without_floor = (*second++ - N * mean[i] * mean[j]) / mass;
+        covariance[i * D + j] = covariance[j * D + i] = i == j ? without_floor + floor : without_floor;
       }
     return;
   }
@@ -64,24 +66,28 @@ void estimate(const Problem& p, int64_t component, double floor) {
   }
 }
 
-void differentiate(const Problem& p, int64_t component, double floor, double mean_grad_log_weight) {
+// Writes the gradients in the sums of a component. A log-weight is log(mass_k) - log(sum_j mass_j), so that each mass
+// has the gradient grad_log_weight_k / mass_k - sum_j grad_log_weight_j / sum_j mass_j, of which the last term is
+// ``common``.
+void differentiate(const Problem& p, int64_t component, double floor, double common) {
   const int64_t D = p.features, S = p.num_second();
   const double N = p.mass[component], mass = N + kAdded;
   const double *mean = p.means + component * D, *covariance = p.covariances + component * p.covariance_size();
   const double *second = p.second + component * S, *grad_mean = p.grad_means + component * D;
   const double* grad = p.grad_covariances + component * p.covariance_size();
   double *grad_first = p.grad_first + component * D, *grad_second = p.grad_second + component * S;
-  double grad_mass = p.grad_log_weights[component] / mass - mean_grad_log_weight;
+  double grad_mass = p.grad_log_weights[component] / mass - common;
   std::copy(grad_mean, grad_mean + D, grad_first);  // until the last loop, grad_first holds the gradient in the mean
   if (p.kind == kFull) {
     for (int64_t i = 0; i < D; ++i)
       for (int64_t j = i; j < D; ++j) {
-        const double both = (i == j ? grad[i * D + i] : grad[i * D + j] + grad[j * D + i]) / mass;
-        const double entry = covariance[i * D + j] - (i == j ? floor : 0.0);
-        *grad_second++ = both;
-        grad_mass -= both * (mean[i] * mean[j] + entry);
-        grad_first[i] -= both * N * mean[j];
-        grad_first[j] -= both * N * mean[i];
+        // The gradient in the scatter s_ij - N m_i m_j, through the entries (i, j) and (j, i) of the covariance.
+        const double of_scatter = (i == j ? grad[i * D + i] : grad[i * D + j] + grad[j * D + i]) / mass;
+        const double without_floor = covariance[i * D + j] - (i == j ? floor : 0.0);
+        *grad_second++ = of_scatter;
+        grad_mass -= of_scatter * (mean[i] * mean[j] + without_floor);
+        grad_first[i] -= of_scatter * N * mean[j];
+        grad_first[j] -= of_scatter * N * mean[i];
       }
   } else {
     const int64_t shared = p.kind == kDiagonal ? 1 : D;  // features that share a variance
@@ -89,13 +95,13 @@ void differentiate(const Problem& p, int64_t component, double floor, double mea
       const double square = p.kind == kDiagonal ? mean[i] * mean[i] : average_square(mean, D);
       const double variance = (second[i] / shared - N * square) / mass;
       const bool raised = variance + floor < smallest_variance(variance, square);
-      const double own = raised ? 0.0 : grad[i] / mass;
-      grad_second[i] = own / shared;
-      grad_mass -= own * (square + variance);
-      for (int64_t j = i; j < i + shared; ++j) grad_first[j] -= 2.0 * own * N * mean[j] / shared;
+      const double of_scatter = raised ? 0.0 : grad[i] / mass;  // of the average over the features that share it
+      grad_second[i] = of_scatter / shared;
+      grad_mass -= of_scatter * (square + variance);
+      for (int64_t j = i; j < i + shared; ++j) grad_first[j] -= 2.0 * of_scatter * N * mean[j] / shared;
     }
   }
-  for (int64_t i = 0; i < D; ++i) {
+  for (int64_t i = 0; i < D; ++i) {  // mean = first / mass
     grad_first[i] /= mass;
     grad_mass -= grad_first[i] * mean[i];
   }
@@ -123,11 +129,11 @@ extern "C" void em_lightning_m_step_gradient(const Problem* problem) {
   const Problem& p = *problem;
   for (int64_t set = 0; set < p.sets; ++set) {
     const int64_t first = set * p.components, last = first + p.components;
-    double total = 0.0, grad = 0.0;
+    double total = 0.0, sum_of_grads = 0.0;
     for (int64_t k = first; k < last; ++k) {
       total += p.mass[k] + kAdded;
-      grad += p.grad_log_weights[k];
+      sum_of_grads += p.grad_log_weights[k];
     }
-    for (int64_t k = first; k < last; ++k) differentiate(p, k, p.floor[set], grad / total);
+    for (int64_t k = first; k < last; ++k) differentiate(p, k, p.floor[set], sum_of_grads / total);
   }
 }

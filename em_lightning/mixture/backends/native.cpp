@@ -6,11 +6,16 @@
 // where s(y) holds the products y_i y_j (j <= i) for full covariances, the squares y_i^2 for diagonal ones, and |y|^2
 // for spherical ones. Whitened points are of order one, however thin a component is, so that float32 suffices for
 // float32 points. Block sums are accumulated in double and then converted to sums of [1, z, s(z)], with
-// z = mu_k + L_k y. Of full covariances, y_i y_j is row by row of the lower triangle, z_i z_j of the upper one.
+// z = mu_k + L_k y. For full covariances, s(y) is the lower triangle of y y^T row by row, s(z) the upper triangle of
+// z z^T row by row.
+//
+// Points are read as u = (x - origin) / unit in Real. The origin is the center rounded to Real, and the unit is
+// bounded; means and W are converted from coordinates z to u.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
-// features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang. Without options such as -ffast-math,
-// infinities and NaN keep their meaning.
+// features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang. V holds kLanes numbers, one per point.
+// A step is one vector of points, and a block of points has kSteps of them. Do not compile with -ffast-math, which
+// ignores infinities and NaN.
 
 #include <atomic>
 #include <cmath>
@@ -39,29 +44,30 @@ struct Problem {
   int64_t grad_density_set_stride, grad_density_item_stride;
 };
 
-// The points of a block whose responsibilities for a component are not negligible. They are copied to consecutive
-// places ("gathered"), unless they are over three quarters of the block, where there is little to save.
+// The points of a block whose responsibilities for a component are not negligible, in groups of kGrain points: 1 or
+// kLanes, or 0 if this kind of covariance skips no points. They are copied to consecutive places ("gathered"), unless
+// they are over three quarters of the block (chosen, not measured), where there is little to save.
 struct Choice {
   bool gathered = false;
   int steps = 0;                          // vectors of points to process, gathered or not
-  int count = 0, place[kSteps * kLanes];  // number of groups of kGrain points to gather, and where they start
+  int count = 0, place[kSteps * kLanes];  // number of groups that are not negligible, and where they start
 
-  // Chooses points by their responsibilities r, ``all`` vectors. kGrain is 0 (this kind of covariance skips no points),
-  // 1 or kLanes.
-  void find(const V* r, int all) {
-    steps = all;
+  // Chooses points by their responsibilities r, in all_steps vectors.
+  void find(const V* r, int all_steps) {
+    steps = all_steps;
     if (!kGrain) return;
     count = 0;
-    for (int s = 0; s < all; ++s) {
+    for (int s = 0; s < all_steps; ++s) {
       unsigned mask = lanes_above(r[s], kNegligible);
       if (kGrain == kLanes) {
         place[count] = s * kLanes;
         count += mask != 0;
       } else {
+        // For each set bit of the mask, from the lowest: mask &= mask - 1 clears it.
         for (; mask; mask &= mask - 1) place[count++] = s * kLanes + __builtin_ctz(mask);
       }
     }
-    gathered = 4 * count * kGrain < 3 * all * kLanes;
+    gathered = 4 * count * kGrain < 3 * all_steps * kLanes;
     if (gathered) steps = (count * kGrain + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
   }
 
@@ -102,9 +108,9 @@ class Worker {
   }
 
   // Writes the K M sums of the rows from first to last - 1 of a set, and the log-likelihood after them.
-  void run(int64_t own_set, int64_t first, int64_t last, double* result) {
-    if (own_set != set) enter(own_set);
-    constexpr int rows = kSteps * kLanes;
+  void run(int64_t set_of_rows, int64_t first, int64_t last, double* result) {
+    if (set_of_rows != set) enter(set_of_rows);
+    constexpr int rows = kSteps * kLanes;  // of a block
     int pending = 0;
     for (int64_t row = first; row < last; row += rows) {
       const int count = std::min<int64_t>(rows, last - row);
@@ -129,30 +135,32 @@ class Worker {
       for (int lane = 0; lane < kLanes; ++lane) result[i] += sums_in_double[i * kLanes + lane];
     }
     std::fill(sums_in_double.begin(), sums_in_double.end(), 0.0);
-    for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);
+    for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);  // to sums of [1, y, s(y)]
   }
 
  private:
   const Problem& p;
-  const int64_t K, M, G;                      // components, sums and numbers of a gradient per component
-  int64_t set = -1;
-  std::vector<Component> components;
-  std::vector<Real> gradients, origin;        // gradients of the sums (K, G); origin (D,), near the middle of the set
-  std::vector<V> points, grad_points;         // (D, steps)
-  std::vector<V> white, score, slope;         // (rows, steps) of one component, (K, steps) twice
-  std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
-  std::vector<double> sums_in_double;         // the same
+  const int64_t K, M, G;                      // components; per component, number of sums and of stored gradients
+  int64_t set = -1;                           // of the rows that are processed; -1: none yet
+  std::vector<Component> components;          // of this set
+  std::vector<Real> gradients, origin;        // gradients of the sums (K, G); origin of the coordinates u (D,)
+  std::vector<V> points, grad_points;         // u, and the gradient in u, both (D, kSteps)
+  std::vector<V> white;                       // y of one component (kRows, kSteps); kRows may be 0: not stored
+  std::vector<V> score, slope;                // both (K, kSteps): see evaluate and backward
+  std::vector<V> sums;                        // (K, M) and the log-likelihood, separately for each lane
+  std::vector<double> sums_in_double;         // sums of earlier blocks, in the same order
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
   Choice choice;                              // the points that count for the current component
-  const V *chosen, *y;                        // these points, and the same whitened
-  std::vector<V> chosen_points, chosen_grads;
+  const V *chosen, *y;                        // these points in coordinates u, and whitened
+  std::vector<V> chosen_points, chosen_grads;  // buffers of gathered points: u, and the gradient in u
   V chosen_r[kSteps], chosen_slope[kSteps];
   Real inverse_unit = 1;
 
-  void enter(int64_t own_set) {
-    set = own_set;
-    // The unit of points and W stay normal numbers in Real. With entries of W of at most max^0.4, |y|^2 is at most about
-    // max^0.8 |z - mu|^2 and thus finite for |z - mu|^2 up to max^0.2.
+  // Converts the components of a set to the coordinates u.
+  void enter(int64_t new_set) {
+    set = new_set;
+    // The unit of points and W stay normal numbers in Real. Let max be the largest number of Real. With entries of W of
+    // at most max^0.4, |y|^2 is at most about max^0.8 |u - mu|^2 and thus finite for |u - mu|^2 up to max^0.2.
     using Limits = std::numeric_limits<Real>;
     const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
     const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
@@ -166,7 +174,7 @@ class Worker {
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       const double* mean = p.means + k * features;
       for (int64_t i = 0; i < features; ++i)
-        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;  // in the coordinates of load
+        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
@@ -177,15 +185,15 @@ class Worker {
     }
   }
 
-  // Copies rows, feature by feature. Rows that fill up the last vectors repeat the last row with weight zero.
+  // Copies rows as u, feature by feature. Rows that fill up the last vectors repeat the last row with weight zero.
   void load(int64_t row, int count, int padded) {
     for (int64_t i = 0; i < p.features; ++i) {
       const Real* from = p.x + set * p.set_stride + i * p.feature_stride + row * p.item_stride;
-      Real *to = reinterpret_cast<Real*>(&points[i * kSteps]), middle = origin[i];
+      Real *to = reinterpret_cast<Real*>(&points[i * kSteps]), zero = origin[i];
       if (p.item_stride == 1) {
-        for (int n = 0; n < count; ++n) to[n] = (from[n] - middle) * inverse_unit;
+        for (int n = 0; n < count; ++n) to[n] = (from[n] - zero) * inverse_unit;
       } else {
-        for (int n = 0; n < count; ++n) to[n] = (from[n * p.item_stride] - middle) * inverse_unit;
+        for (int n = 0; n < count; ++n) to[n] = (from[n * p.item_stride] - zero) * inverse_unit;
       }
       std::fill(to + count, to + padded, to[count - 1]);
     }
@@ -213,7 +221,7 @@ class Worker {
       components[k].score(points.data(), steps, white.data(), &score[k * kSteps], largest);
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      for (int s = 0; s < steps; s += 2) {  // exp2 alternates between two vectors
+      for (int s = 0; s < steps; s += 2) {  // steps are even; exp2 is faster for two vectors
         V both[2] = {own[s] - largest[s], own[s + 1] - largest[s + 1]};
         exp2(both);
         for (int i = 0; i < 2; ++i) total[s + i] += own[s + i] = both[i];
@@ -231,17 +239,18 @@ class Worker {
     }
     if (p.log_likelihood)
       for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
-    for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];  // the factor from score to w_n r_nk
+    V factor[kSteps];  // w_n r_nk = factor * score
+    for (int s = 0; s < steps; ++s) factor[s] = weights[s] / total[s];
     for (int64_t k = 0; k < K; ++k) {
       V* r = &score[k * kSteps];
-      if (!kGrain) {
-        components[k].add(points.data(), nullptr, steps, [&](int s) { return r[s] * total[s]; }, &sums[k * M]);
+      if (!kGrain) {  // such components do not read y, the second argument
+        components[k].add(points.data(), nullptr, steps, [&](int s) { return r[s] * factor[s]; }, &sums[k * M]);
         continue;
       }
-      for (int s = 0; s < steps; ++s) r[s] *= total[s];
+      for (int s = 0; s < steps; ++s) r[s] *= factor[s];
       choose(k, r, steps);
-      const V* own = choice.gather(r, chosen_r);
-      components[k].add(chosen, y, choice.steps, [&](int s) { return own[s]; }, &sums[k * M]);
+      const V* r_of_chosen = choice.gather(r, chosen_r);
+      components[k].add(chosen, y, choice.steps, [&](int s) { return r_of_chosen[s]; }, &sums[k * M]);
     }
   }
 
@@ -277,19 +286,20 @@ class Worker {
     }
     std::fill(grad_points.begin(), grad_points.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
-      V *r = &score[k * kSteps], *a = &slope[k * kSteps], *grad_score = a;  // overwrites the slopes
+      V *r = &score[k * kSteps], *a = &slope[k * kSteps];
+      V* grad_score = a;  // replaces the slopes by the gradients in g_nk
       for (int s = 0; s < steps; ++s) {
         r[s] *= weights[s];
         grad_score[s] = r[s] * (a[s] - mean_slope[s] + grad_density[s]);
       }
       choose(k, r, steps);
-      const V* own_grad = choice.gather(grad_score, chosen_slope);
-      components[k].add(chosen, y, choice.steps, [&](int s) { return own_grad[s]; }, &sums[k * M]);
+      const V* grad_of_chosen = choice.gather(grad_score, chosen_slope);
+      components[k].add(chosen, y, choice.steps, [&](int s) { return grad_of_chosen[s]; }, &sums[k * M]);
       if (!p.grad_x) continue;
       // Add the gradients in the points.
       V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
       if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});
-      components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_grad, grads);
+      components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), grad_of_chosen, grads);
       for (int64_t i = 0; choice.gathered && i < p.features; ++i)
         choice.scatter(&grads[i * kSteps], &grad_points[i * kSteps]);
     }
@@ -302,7 +312,8 @@ class Worker {
   }
 };
 
-// Adds the results of all tasks of a set, in their order, and converts them from whitened points to z.
+// Adds the results of all tasks of a set, in their order, to those of the first, and converts them from whitened points
+// to z. A result has size numbers: K M sums and the log-likelihood.
 void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t size) {
   const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
   for (int64_t task = 1; task < tasks; ++task)

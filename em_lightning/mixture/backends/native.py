@@ -1,6 +1,6 @@
-"""The choice of backends, and C++ code for the CPU: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
+"""The choice of backends, and C++ code for the CPU: E-steps, M-steps, Cholesky factors, fits of groups of rows.
 
-All but the EM of groups are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
+All but the fits of groups are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from em_lightning.mixture.backends.reference import have_memory
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diag": 1, "spherical": 2}
-# Largest D of full covariances, whose loops are unrolled: 64 take about 10 seconds to compile.
+# Largest D of full covariances. Their loops over features are unrolled, and take about 10 s to compile for D = 64.
 _MOST_FEATURES = 64
 # Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
 _MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
@@ -29,7 +29,7 @@ _MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
 # the M-step and in Cholesky factors of D > 4. Smaller ones take under a millisecond in plain torch, without a compiler.
 _FEWEST_NUMBERS = 2**12
 FEWEST_COMPONENTS = 2**6
-# Work of about 0.1 ms, the cost of starting a thread.
+# Products of numbers and components per thread: about 0.1 ms of work, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
 _chosen = "auto"
@@ -58,7 +58,7 @@ class use_backend:
         if name not in ("auto", "reference", "native", "triton"):
             raise ValueError(f"name={name!r} must be 'auto', 'reference', 'native' or 'triton'")
         if name == "native":
-            _require("spherical", 0, torch.float32)  # other covariance types are compiled when they are needed
+            _require("spherical", num_features=0, dtype=torch.float32)  # other libraries are compiled when needed
         if name == "triton":
             try:
                 _triton()
@@ -78,7 +78,7 @@ class use_backend:
 
 def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     """Return whether C++ or Triton computes the E-step of points (B, D, N) under a family of densities."""
-    kind = getattr(family, "whitening", None)
+    kind = getattr(family, "native_kind", None)
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "triton":
@@ -96,6 +96,7 @@ def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
 
 
 def _is_for_triton(x: Tensor) -> bool:
+    # Also after ``with use_backend("triton")``, for instance in a backward pass, where CUDA tensors need Triton.
     return _chosen == "triton" or x.device.type == "cuda"
 
 
@@ -121,22 +122,24 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
 #     scale: L, the inverse of W (not ``Frame.scale``), without gradient.
 #     center: (B, D), without gradient.
 #     unit: (B,), ``Frame.scale`` of the points, a power of two, without gradient.
-#     kind: "full", "diag" or "spherical".
+#     kind: "full", "diag" or "spherical"; s(z) has the S products of this covariance type, and F = 1 + D + S.
 _ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
     "str kind"
 )
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 lacks the first
+_THREE = "(Tensor, Tensor, Tensor)"  # results
+_X, _MEANS = 0, 2  # positions of arguments
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the second only
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
 @_operator("em_lightning::e_step", schema=f"({_ARGUMENTS}, bool with_log_likelihood) -> (Tensor, Tensor)")
 def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if not requested."""
-    if _is_for_triton(arguments[0]):
+    """Return ``sum_n w_n r_nk [1, z_n, s(z_n)]`` (B, K, F) and the log-likelihood (B,), zeros if not requested."""
+    if _is_for_triton(arguments[_X]):
         return _triton().e_step(*arguments)
     *tensors, kind, with_log_likelihood = arguments
-    sums, log_likelihood = _empty_sums(tensors[2], kind), tensors[2].new_zeros(len(tensors[2]))
+    sums, log_likelihood = _empty_statistics(*arguments)
     _run(kind, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
     return sums, log_likelihood
 
@@ -144,46 +147,48 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
 @_operator("em_lightning::log_density", schema=f"({_ARGUMENTS}) -> Tensor")
 def log_density(*arguments: Any) -> Tensor:
     """Return ``log p(z_n)`` (B, N) in float64; the weights are ``None``."""
-    if _is_for_triton(arguments[0]):
+    if _is_for_triton(arguments[_X]):
         return _triton().log_density(*arguments)
     *tensors, kind = arguments
-    density = tensors[2].new_empty(tensors[0][:, 0].shape)
-    _run(kind, tensors, log_density=density)
-    return density
+    result = tensors[_MEANS].new_empty(tensors[_X][:, 0].shape)
+    _run(kind, tensors, log_density=result)
+    return result
 
 
 @_operator(
-    "em_lightning::e_step_gradient",
-    schema=f"({_ARGUMENTS}, Tensor? grad_sums, Tensor grad_density) -> (Tensor, Tensor, Tensor)",
+    "em_lightning::e_step_gradient", schema=f"({_ARGUMENTS}, Tensor? grad_sums, Tensor grad_density) -> {_THREE}"
 )
 def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to peak, means and W (concatenated), points, and weights.
+    """Return the gradients of [peak, means, W] in one tensor (B, K, ...), of the points, and of the weights.
 
     ``grad_density``, (B, N) or (B, 1), is the gradient with respect to ``w_n log p(z_n)``.
     """
-    if _is_for_triton(arguments[0]):
+    if _is_for_triton(arguments[_X]):
         return _triton().e_step_gradient(*arguments)
     *tensors, kind, grad_sums, grad_density = arguments
-    own, of_x, of_weights = _empty_gradients(*tensors)
-    _run(kind, tensors, grad_density, sums=own, grads=grad_sums, grad_x=of_x, grad_weights=of_weights)
-    return own, of_x, of_weights
+    of_mixture, of_x, of_weights = _empty_gradients(*tensors)
+    _run(kind, tensors, grad_density, sums=of_mixture, grads=grad_sums, grad_x=of_x, grad_weights=of_weights)
+    return of_mixture, of_x, of_weights
 
 
-def _empty_sums(means: Tensor, kind: str) -> Tensor:
-    features = means.shape[-1]
-    size = {"full": features * (features + 1) // 2, "diag": features, "spherical": 1}[kind]
-    return means.new_empty(*means.shape[:2], 1 + features + size)
+def _empty_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, kind, _with_log_likelihood = arguments
+    means = tensors[_MEANS]
+    num_sets, num_components, d = means.shape
+    size = 1 + d + {"full": d * (d + 1) // 2, "diag": d, "spherical": 1}[kind]
+    return means.new_empty(num_sets, num_components, size), means.new_zeros(num_sets)
 
 
-def _empty_gradients(x: Tensor, _: Any, means: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, _weights, means, inverse, *_ = arguments
     size = 1 + means.shape[-1] + inverse[0, 0].numel()
     return means.new_empty(*means.shape[:2], size), x.new_empty(x.shape), means.new_empty(x[:, 0].shape)
 
 
-def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+def _e_step_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute :func:`e_step` by torch operations, which have derivatives of every order."""
-    z, joint = _joint_in_torch(x, weights, *others)
-    kind, with_log_likelihood = others[6:]
+    z, joint = _joint_in_torch(*arguments)
+    _, weights, *_, kind, with_log_likelihood = arguments
     responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
     if weights is not None:
         responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
@@ -196,7 +201,7 @@ def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[T
 
 def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return coordinates (B, D, N) and joint log-densities (B, K, N)."""
-    x, _, means, inverse, peak, _, center, unit, kind, *_ = arguments
+    x, _weights, means, inverse, peak, _scale, center, unit, kind, *_ = arguments
     z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
     difference = z.unsqueeze(1) - means.unsqueeze(-1)
     y = inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
@@ -204,14 +209,20 @@ def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _e_step_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    *inputs, with_log_likelihood, _, (grad_sums, grad_log_likelihood) = arguments
+    *inputs, with_log_likelihood, _outputs, (grad_sums, grad_log_likelihood) = arguments
     return _backward(inputs, grad_sums, grad_log_likelihood.unsqueeze(-1) * with_log_likelihood)
 
 
+def _log_density_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *inputs, _outputs, (grad_log_density,) = arguments
+    return _backward(inputs, None, grad_log_density)
+
+
 def _backward(inputs: Sequence[Any], grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
-    _, weights, means, inverse, *_ = inputs
-    own, of_x, of_weights = e_step_gradient(*inputs, grad_sums, grad_density)
-    of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
+    """Return the gradients of the first five arguments of an operator."""
+    _x, weights, means, inverse, *_ = inputs
+    of_mixture, of_x, of_weights = e_step_gradient(*inputs, grad_sums, grad_density)
+    of_peak, of_means, of_inverse = of_mixture.tensor_split([1, 1 + means.shape[-1]], -1)
     of_weights = None if weights is None else of_weights
     return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1)
 
@@ -221,7 +232,7 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = [part for part in inputs if part is None or isinstance(part, Tensor)]
-        ctx.others = inputs[len(tensors) :]
+        ctx.others = inputs[len(tensors) :]  # the last inputs, such as the kind
         ctx.save_for_backward(*tensors, *([output] if isinstance(output, Tensor) else output))
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,7 +242,8 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
         if not torch.is_grad_enabled():
             found = gradient(*inputs, *ctx.others, outputs, list(grads))
             return *found, *[None] * (len(wanted) - len(found))
-        # Differentiate at views; gradients at the tensors would include paths from the points through the parameters.
+        # Differentiate with respect to views. Gradients with respect to the inputs themselves would include paths from
+        # one input to another, such as from the points through the parameters.
         inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         needed = [tensor for tensor, want in zip(inputs, wanted, strict=False) if want]
         each = iter(torch.autograd.grad(in_torch(*inputs, *ctx.others), needed, grads, create_graph=True))
@@ -240,24 +252,18 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
     operator.register_autograd(backward, setup_context=save)
 
 
-e_step.register_fake(lambda x, w, means, *others: (_empty_sums(means, others[-2]), means.new_empty(len(means))))
+e_step.register_fake(_empty_statistics)
 log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
 e_step_gradient.register_fake(_empty_gradients)
 register_gradient(e_step, _e_step_backward, _e_step_in_torch)
-register_gradient(
-    log_density,
-    lambda *arguments: _backward(arguments[:-2], None, arguments[-1][0]),
-    lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1),
-)
+register_gradient(log_density, _log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1))
 
 
 def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **results: Tensor | None) -> None:
-    """Run the E-step on its tensors; the results are named as in ``native.cpp``."""
-    x, means = tensors[0], tensors[2]
-    outputs = (
-        results.get(name) for name in ("grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights")
-    )
-    others = [part if part is None else part.contiguous() for part in (*tensors[1:], *outputs)]
+    """Run the E-step; ``results`` are named as in ``Problem`` of ``native.cpp``, whose fields have the order below."""
+    x, means = tensors[_X], tensors[_MEANS]
+    names = "grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights"
+    others = [part if part is None else part.contiguous() for part in (*tensors[1:], *map(results.get, names))]
     grad_density = None if grad_density is None else grad_density.expand(-1, x.shape[-1])
     strides = () if grad_density is None else grad_density.stride()
     problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *others, grad_density, *strides)
@@ -269,23 +275,20 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
     return ctypes.c_int64(min(torch.get_num_threads(), 1 + numbers // _NUMBERS_PER_THREAD))
 
 
-# EM of spherical mixtures for groups of rows.
-
-
 def fits_groups(x: Tensor) -> bool:
-    """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
-    # The alternative is a padded layout, whose sizes depend on the data, so that it cannot be exported.
+    """Return whether the native backend fits spherical mixtures to groups of the rows of x (N, D)."""
+    # Exported programs need it, because the sizes of the alternative, a padded layout, depend on the data.
     is_exported = _is_exporting() and x.device.type == "cpu" and _chosen != "reference"
-    return x.dtype in _REALS and (is_exported or _is_chosen(True, x)) and _is_available("ragged.cpp")
+    return x.dtype in _REALS and (is_exported or _is_chosen(is_large=True, tensor=x)) and _is_available("ragged.cpp")
 
 
 def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
-    """Run EM on groups of rows x; the others are further fields of ``Problem`` in ``ragged.cpp``, in its order.
+    """Fit spherical mixtures to groups of rows x by EM; the others are fields of ``Problem`` in ``ragged.cpp``.
 
     Raises:
         IndexError: an index is negative, or not less than the number of groups.
     """
-    num_groups, _, num_components, num_iters = others[:4]
+    num_groups, _limit, num_components, num_iters = others[:4]
     if len(x) and not 0 <= int(index.min()) <= int(index.max()) < num_groups:
         raise IndexError(f"index has values in [{index.min()}, {index.max()}]; they must be in [0, {num_groups - 1}]")
     parts = [part.contiguous() if isinstance(part, Tensor) else part for part in (x, index, *others)]
@@ -294,13 +297,10 @@ def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
     run(structure(*x.shape, *parts), _num_threads(x.numel() * num_components * (num_iters + 1)))
 
 
-# Cholesky factors and the M-step, in float64.
-
-
 @_operator("em_lightning::cholesky")
 def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     """Return Cholesky factors (..., D, D), with pivots of at least ``pivots`` (..., D), and their inverses."""
-    return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], matrix, matrix)
+    return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], like=[matrix, matrix])
 
 
 @_operator(
@@ -308,55 +308,54 @@ def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     schema="(Tensor matrix, Tensor pivots, Tensor[] factors, Tensor[] grads) -> Tensor[]",
 )
 def cholesky_gradient(matrix: Tensor, pivots: Tensor, factors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Return a list of the gradient with respect to the symmetric matrices."""
-    return [*_call("cholesky_gradient", [matrix.numel(), matrix.shape[-1]], [matrix, pivots, *factors, *grads], matrix)]
+    """Return one gradient, with respect to the symmetric matrices, in a list."""
+    sizes = [matrix.numel(), matrix.shape[-1]]
+    return [*_call("cholesky_gradient", sizes, [matrix, pivots, *factors, *grads], like=[matrix])]
 
 
 _SUMS = "Tensor mass, Tensor first, Tensor second, Tensor before, Tensor floor, str kind"
 
 
-@_operator("em_lightning::m_step", schema=f"({_SUMS}) -> (Tensor, Tensor, Tensor)")
+@_operator("em_lightning::m_step", schema=f"({_SUMS}) -> {_THREE}")
 def m_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-weights, means and covariances, without a prior; covariances have the shape of those ``before``."""
     mass, first, second, before, floor, kind = arguments
-    return _call("m_step", [*first.shape, _KINDS[kind]], [mass, first, second, floor], mass, first, before)
+    return _call("m_step", [*first.shape, _KINDS[kind]], [mass, first, second, floor], like=[mass, first, before])
 
 
-@_operator(
-    "em_lightning::m_step_gradient",
-    schema=f"({_SUMS}, Tensor[] parameters, Tensor[] grads) -> (Tensor, Tensor, Tensor)",
-)
+@_operator("em_lightning::m_step_gradient", schema=f"({_SUMS}, Tensor[] parameters, Tensor[] grads) -> {_THREE}")
 def m_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients with respect to mass, first and second sums."""
-    *sums, _, floor, kind, parameters, grads = arguments
-    return _call("m_step_gradient", [*sums[1].shape, _KINDS[kind]], [*sums, floor, *parameters, *grads], *sums)
+    mass, first, second, _before, floor, kind, parameters, grads = arguments
+    sums = [mass, first, second]
+    return _call("m_step_gradient", [*first.shape, _KINDS[kind]], [*sums, floor, *parameters, *grads], like=sums)
 
 
-cholesky.register_fake(lambda matrix, pivots: _empty(matrix, matrix))
-cholesky_gradient.register_fake(lambda matrix, *others: [*_empty(matrix)])
-m_step.register_fake(lambda mass, first, second, before, *others: _empty(mass, first, before))
-m_step_gradient.register_fake(lambda mass, first, second, *others: _empty(mass, first, second))
+cholesky.register_fake(lambda matrix, pivots: _empty([matrix, matrix]))
+cholesky_gradient.register_fake(lambda matrix, *others: [*_empty([matrix])])
+m_step.register_fake(lambda mass, first, second, before, *others: _empty([mass, first, before]))
+m_step_gradient.register_fake(lambda mass, first, second, *others: _empty([mass, first, second]))
 
 
-def _empty(*like: Tensor) -> tuple[Tensor, ...]:
+def _empty(like: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in like)
 
 
-def _call(name: str, sizes: list[int], inputs: list[Tensor], *like: Tensor) -> Any:
+def _call(name: str, sizes: list[int], inputs: list[Tensor], like: list[Tensor]) -> Any:
     """Return the results of a C++ function, tensors of the shapes of ``like``."""
-    results, inputs = _empty(*like), [part.contiguous() for part in inputs]
+    results, inputs = _empty(like), [part.contiguous() for part in inputs]
     library, _ = load(f"{name.removesuffix('_gradient')}.cpp")
     getattr(library, f"em_lightning_{name}")(structure(*sizes, *inputs, *results))
     return results
 
 
-def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
+def _variant(kind: str, num_features: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Return the preprocessor definitions for the compiler; only full covariances have one library per D."""
-    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={features if kind == 'full' else 0}"
+    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={num_features if kind == 'full' else 0}"
 
 
-def _require(kind: str, features: int, dtype: torch.dtype) -> None:
-    library, message = load("native.cpp", *_variant(kind, features, dtype))
+def _require(kind: str, num_features: int, dtype: torch.dtype) -> None:
+    library, message = load("native.cpp", *_variant(kind, num_features, dtype))
     if library is None:
         raise RuntimeError(f"the native backend cannot be compiled: {message}")
 

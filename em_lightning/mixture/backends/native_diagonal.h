@@ -1,8 +1,9 @@
 // Diagonal and spherical covariances of any number of features: one feature at a time.
 //
 // A Component whitens points, y = W (u - mean), and works on sums of [1, y, s(y)], where s(y) holds the squares y_i^2
-// for diagonal covariances, or |y|^2 for spherical ones. A block u of points holds kSteps vectors per feature. Unnamed
-// arguments are used by full covariances only.
+// for diagonal covariances, or |y|^2 for spherical ones. A block u of points holds kSteps vectors per feature.
+// ``scale`` is L = W^-1, ``mu`` the mean. L and W have one entry per feature, or one in all for spherical covariances.
+// Unnamed arguments are used by full covariances only.
 
 #include "native_vectors.h"
 
@@ -14,51 +15,54 @@ constexpr int kGrain = kLanes;  // points that are skipped at a time, if their r
 constexpr bool kDiagonal = KIND == 1;
 inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
 inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
+inline int entry_of(int i) { return kDiagonal ? i : 0; }  // of feature i in L and W
+inline int square_of(int i, int64_t features) { return 1 + features + entry_of(i); }  // place of y_i^2 in the sums
 
-// See the functions of the same names for full covariances.
+// Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t features, double* result) {
   std::fill(result, result + num_sums(features), 0.0);
   result[0] = sums[0];
   for (int i = 0; i < features; ++i) {
-    const double own = scale[kDiagonal ? i : 0], shift = own * sums[1 + i];
-    double& second = result[1 + features + (kDiagonal ? i : 0)];
+    const double l = scale[entry_of(i)], shift = l * sums[1 + i];
+    double& second = result[square_of(i, features)];
     result[1 + i] = mu[i] * sums[0] + shift;
     second += mu[i] * (result[1 + i] + shift);
-    if (kDiagonal || i == 0) second += own * own * sums[1 + features + i];
+    if (kDiagonal || i == 0) second += l * l * sums[1 + features + i];  // spherical: the sum of |y|^2, once
   }
 }
 
+// The transpose of unwhiten: converts the gradient in the sums of z to the gradient in the sums of y.
 inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t features,
                             double* result) {
   result[0] = grads[0];
   for (int i = 0; i < features; ++i) {
-    const int second = 1 + features + (kDiagonal ? i : 0);
-    const double own = scale[kDiagonal ? i : 0];
+    const int second = square_of(i, features);
+    const double l = scale[entry_of(i)];
     result[0] += mu[i] * (grads[1 + i] + mu[i] * grads[second]);
-    result[1 + i] = own * (grads[1 + i] + 2 * mu[i] * grads[second]);
-    result[second] = own * own * grads[second];
+    result[1 + i] = l * (grads[1 + i] + 2 * mu[i] * grads[second]);
+    result[second] = l * l * grads[second];
   }
 }
 
 inline int gradient_size(int64_t features) { return num_sums(features); }
 
+// The gradients of peak, mean and W from sums of [1, y, s(y)] weighted by the gradient in the joint log-density g_nk.
 inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t features,
                                double* result) {
   result[0] = sums[0];
-  for (int i = 0; i < features; ++i) result[1 + i] = w[kDiagonal ? i : 0] * sums[1 + i];
+  for (int i = 0; i < features; ++i) result[1 + i] = w[entry_of(i)] * sums[1 + i];
   for (int i = 0; i < factor_size(features); ++i) result[1 + features + i] = -scale[i] * sums[1 + features + i];
 }
 
 struct Component {
-  Real peak;
+  Real peak;  // in units of log 2
   int features;
   std::vector<Real> offset, inverse;  // y = inverse (u - mean) = inverse u + offset
 
-  Component(const double* w, const double* mu, double top, int64_t d)
-      : peak(top * kLog2e), features(d), offset(d), inverse(d) {
+  Component(const double* w, const double* mu, double peak_in_nats, int64_t d)
+      : peak(peak_in_nats * kLog2e), features(d), offset(d), inverse(d) {
     for (int i = 0; i < features; ++i) {
-      const double own = w[kDiagonal ? i : 0];
-      inverse[i] = Real(own);
+      inverse[i] = Real(w[entry_of(i)]);
       offset[i] = Real(-double(inverse[i]) * mu[i]);
     }
   }
@@ -81,11 +85,11 @@ struct Component {
 
   const V* whitened(const V*, int, V* white) const { return white; }  // nothing is stored there
 
-  // sums += sum r [1, y, s(y)]
+  // sums += sum r [1, y, s(y)], where r(s) are the responsibilities, or other weights, of the points of step s
   template <class Weight>
   void add(const V* u, const V*, int steps, Weight r, V* sums) const {
     for (int s = 0; s < steps; ++s) sums[0] += r(s);
-    V all = {};
+    V square = {};  // sum of r |y|^2
     for (int i = 0; i < features; ++i) {
       V first = {}, second = {};
       for (int s = 0; s < steps; ++s) {
@@ -95,12 +99,15 @@ struct Component {
       }
       sums[1 + i] += first;
       if (kDiagonal) sums[1 + features + i] += second;
-      all += second;
+      square += second;
     }
-    if (!kDiagonal) sums[1 + features] += all;
+    if (!kDiagonal) sums[1 + features] += square;
   }
 
-  void store_gradient(const double* own, Real* result) const { std::copy(own, own + num_sums(features), result); }
+  // Stores the gradient in the sums of y in the form that slope and pull read.
+  void store_gradient(const double* gradient, Real* result) const {
+    std::copy(gradient, gradient + num_sums(features), result);
+  }
 
   void whiten_sums(double*) const {}  // add computes the sums of whitened points
 
@@ -108,7 +115,7 @@ struct Component {
   void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
     std::fill(slope, slope + steps, V{} + gradient[0]);
     for (int i = 0; i < features; ++i) {
-      const Real second = gradient[1 + features + (kDiagonal ? i : 0)];
+      const Real second = gradient[square_of(i, features)];
       for (int s = 0; s < steps; ++s) {
         const V y = y_of(u, i, s);
         slope[s] += y * (gradient[1 + i] + second * y);
@@ -120,7 +127,7 @@ struct Component {
   // the log-density
   void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* grad_score, V* grad_u) const {
     for (int i = 0; i < features; ++i) {
-      const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];
+      const Real first = gradient[1 + i], second = 2 * gradient[square_of(i, features)];
       for (int s = 0; s < steps; ++s) {
         const V y = y_of(u, i, s);
         grad_u[i * kSteps + s] += inverse[i] * (r[s] * (first + second * y) - grad_score[s] * y);

@@ -1,8 +1,8 @@
 // Full covariances: sums of whitened points, their change of coordinates, and its gradients.
 //
 // A Component whitens points, y = W (u - mean), and works on sums of [1, y, y_i y_j for j <= i]. A block u of points
-// holds kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean. Unnamed arguments are the number of
-// features in native_diagonal.h, which is the constant D here.
+// holds kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean; L and W are lower triangles, stored as D x
+// D numbers. Unnamed arguments are the number of features in native_diagonal.h, which is the constant D here.
 
 #include "native_vectors.h"
 
@@ -12,14 +12,14 @@ constexpr int D = FEATURES;
 using Matrix = double[D][D];
 inline int num_sums(int64_t) { return 1 + D + D * (D + 1) / 2; }
 inline int factor_size(int64_t) { return D * D; }
-// Places in the sums, of y_i y_j (j <= i) and of z_i z_j (i <= j).
+// Places in the sums: lower, of y_i y_j (j <= i), and upper, of z_i z_j (i <= j).
 inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }
 inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }
 
 // Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {
-  double shift[D] = {};
-  static thread_local Matrix product;  // L S with S the sum of y y^T
+  double shift[D] = {};                // L times the sum of y
+  static thread_local Matrix product;  // L times the sum of y y^T
   for (int i = 0; i < D; ++i) {
     for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
     for (int b = 0; b < D; ++b) {
@@ -40,17 +40,17 @@ inline void unwhiten(const double* sums, const double* scale, const double* mu, 
 }
 
 // The transpose of unwhiten: converts the gradient in the sums of z to the gradient in the sums of y.
-inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, double* own) {
-  double linear[D];
+inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, double* result) {
+  double linear[D];                    // the gradient in the sum of L y
   static thread_local Matrix product;  // L^T G, with the upper triangle G of gradients
-  std::fill(own, own + num_sums(D), 0.0);
-  own[0] = grads[0];
+  std::fill(result, result + num_sums(D), 0.0);
+  result[0] = grads[0];
   for (int i = 0; i < D; ++i) linear[i] = grads[1 + i];
   for (int i = 0; i < D; ++i) {
-    own[0] += mu[i] * grads[1 + i];
+    result[0] += mu[i] * grads[1 + i];
     for (int j = i; j < D; ++j) {
       const double pair = grads[upper(i, j)];
-      own[0] += pair * mu[i] * mu[j];
+      result[0] += pair * mu[i] * mu[j];
       linear[i] += pair * mu[j];
       linear[j] += pair * mu[i];
     }
@@ -62,8 +62,8 @@ inline void whiten_gradient(const double* grads, const double* scale, const doub
     }
   for (int j = 0; j < D; ++j)
     for (int b = 0; b <= j; ++b) {
-      own[1 + b] += scale[j * D + b] * linear[j];
-      for (int a = 0; a <= j; ++a) own[lower(std::max(a, b), std::min(a, b))] += product[a][j] * scale[j * D + b];
+      result[1 + b] += scale[j * D + b] * linear[j];
+      for (int a = 0; a <= j; ++a) result[lower(std::max(a, b), std::min(a, b))] += product[a][j] * scale[j * D + b];
     }
 }
 

@@ -21,24 +21,25 @@
 
 namespace {
 
-constexpr double kFloor = 1e-6;  // added to every variance, in squared units of the points
-constexpr double kCore = 0.4;    // as in mixture/initialization.py
+constexpr double kFloor = 1e-6;  // added to every variance, in squared units of the points, as EMOperator by default
+constexpr double kCore = 0.4;    // as _CORE in mixture/initialization.py, which has the reason
 constexpr double kEps = 10.0 * std::numeric_limits<double>::epsilon();  // added to masses, as in mixture/m_step.py
+// Both chosen, not measured.
 constexpr int64_t kSetsPerTask = 16;  // so many that threads rarely wait for the common counter
-constexpr int64_t kAhead = 8;  // a row is fetched into the cache while the one so many before it is read
+constexpr int64_t kAhead = 8;  // row n + kAhead is fetched into the cache while row n is read
 
 struct Problem {
   int64_t rows, features;
   const void* x;       // (rows, features)
   const int64_t* set;  // of each row
-  int64_t sets, limit, components, iterations;  // limit: only the first rows of a set are used, at most so many
+  int64_t sets, limit, components, iterations;  // limit: only the first ``limit`` rows of a set are used
   double *log_weights, *means, *log_scales;  // (sets, K), (sets, K, features), log(v_k) / 2 (sets, K)
   const double *grad_log_weights, *grad_means, *grad_log_scales;
   void* grad_x;  // null in the forward pass
 };
 
-// The rows of each set in their order: set b has order[first[b]] to order[first[b + 1] - 1]. kAhead zeros behind them
-// are fetched at the end.
+// The rows of each set in their order: set b has order[first[b]] to order[first[b + 1] - 1]. Behind them are kAhead
+// zeros, so that the last rows can fetch row 0.
 struct Rows {
   std::vector<int64_t> first, order;
 
@@ -56,7 +57,7 @@ inline double sum(V values) {
   return total;
 }
 
-// The parameters of a mixture, with masses M_k instead of weights; or the gradients, in log M_k instead of M_k.
+// The parameters of a mixture, with masses M_k instead of weights; or the gradients in them, and in log M_k for M_k.
 struct Mixture {
   std::vector<double> mass, variances;
   std::vector<V> means;
@@ -74,17 +75,18 @@ class Fit {
         P(kP ? kP : (D + kLanes - 1) / kLanes),
         prior_share(std::pow(double(K), -2.0 / D)),
         states(p.iterations + 1),
-        grads(one()) {
-    for (auto& state : states) state = one();
+        grads(empty_mixture()) {
+    for (auto& state : states) state = empty_mixture();
     centers.resize(K * P);
     cell_means.resize(K * P);
     slopes.resize(K * P);
-    for (auto* values : {&mass, &core_mass, &reach, &inner, &peak, &precision, &constant, &per_distance})
+    for (auto* values : {&mass, &core_mass, &reach, &inner, &peak, &precision, &constant, &per_distance, &of_r})
       values->resize(K);
   }
 
-  void run(int64_t own_set, const int64_t* own_rows, int64_t count) {
-    set = own_set, rows = own_rows, N = count;
+  // Fits the mixture of a set to ``count`` rows, or computes the gradients of these rows.
+  void run(int64_t set_to_fit, const int64_t* rows_of_set, int64_t count) {
+    set = set_to_fit, rows = rows_of_set, N = count;
     enter();
     start();
     for (int64_t t = 0; t < p.iterations; ++t) {
@@ -103,23 +105,24 @@ class Fit {
   const int64_t D, K, P;
   const double prior_share;
   std::vector<Mixture> states;  // the start, and after each iteration
-  Mixture grads;                // of one of them
-  std::vector<V> centers, cell_means, slopes;
-  // All (K,). reach is the squared radius of a core. inner holds sums of squared distances from the centers or means;
-  // in step_backward, the derivatives in r_nk of one point.
-  std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;
+  Mixture grads;                // the gradients in one of them
+  std::vector<V> centers, cell_means, slopes;  // (K, P)
+  // All (K,). At the start: mass of the cells and their cores, and the squared radius (reach) of the cores. inner holds
+  // sums of squared distances from the centers or means. In the E-step: peak and precision 1 / v_k. In step_backward:
+  // see there; of_r is the derivative in r_nk of one point.
+  std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance, of_r;
 
   int64_t set, N;
   const int64_t* rows;
   std::vector<V> z, grad_z, responsibilities;  // (N, P), (N, P), (N, K) numbers
-  std::vector<double> distances, nearest;      // d (N, K), and from the mean or the nearest center (N,)
+  std::vector<double> distances, nearest;      // squared: d (N, K), and from the mean or the nearest center (N,)
   std::vector<int64_t> cell;                   // the nearest center (N,)
   std::vector<V> center;                       // (P,)
-  double scale, floor, prior_distance;         // of the coordinates; added to every variance; S
+  double scale, floor, prior_distance;         // of z; added to every variance in these coordinates; S
 
-  Mixture one() const { return {std::vector<double>(K), std::vector<double>(K), std::vector<V>(K * P)}; }
+  Mixture empty_mixture() const { return {std::vector<double>(K), std::vector<double>(K), std::vector<V>(K * P)}; }
 
-  int64_t width() const { return kP ? kP : P; }  // known to the compiler
+  int64_t width() const { return kP ? kP : P; }  // P, as a constant where the compiler knows it
 
   double squared_distance(const V* a, const V* b) const {
     V total = {};
@@ -139,7 +142,8 @@ class Fit {
     return __builtin_convertvector(part, V);
   }
 
-  // Sets with coordinates above one are scaled to at most one, so that no square overflows.
+  // Computes z, S and the squared distances from the mean. Sets with coordinates above one are scaled to at most one,
+  // so that no square overflows.
   void enter() {
     z.resize(N * width());
     nearest.resize(N);
@@ -180,15 +184,22 @@ class Fit {
     for (int64_t k = 0; k < K; ++k) {
       const int64_t farthest = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
       std::copy(&z[farthest * width()], &z[farthest * width()] + width(), &centers[k * width()]);
+      // For k = 0, nearest holds the distances from the mean, which choose the first center only.
       if (k == 0) std::fill(nearest.begin(), nearest.end(), std::numeric_limits<double>::infinity());
       for (int64_t n = 0; n < N; ++n) {
         const double distance = squared_distance(&z[n * width()], &centers[k * width()]);
-        if (distance < nearest[n]) nearest[n] = distance, cell[n] = k;
+        if (distance < nearest[n]) {
+          nearest[n] = distance;
+          cell[n] = k;
+        }
       }
     }
     std::fill(mass.begin(), mass.end(), 0.0);
     std::fill(inner.begin(), inner.end(), 0.0);
-    for (int64_t n = 0; n < N; ++n) mass[cell[n]] += 1.0, inner[cell[n]] += nearest[n];
+    for (int64_t n = 0; n < N; ++n) {
+      mass[cell[n]] += 1.0;
+      inner[cell[n]] += nearest[n];
+    }
     for (int64_t k = 0; k < K; ++k) reach[k] = kCore * inner[k] / std::max(mass[k], 1.0);
     std::fill(core_mass.begin(), core_mass.end(), 0.0);
     std::fill(cell_means.begin(), cell_means.end(), V{});
@@ -200,13 +211,19 @@ class Fit {
       core_mass[k] += 1.0;
       for (int64_t i = 0; i < width(); ++i) state.means[k * width() + i] += z[n * width() + i];
     }
-    double within = 0.0;  // the variance of all cells together
-    for (double own : inner) within += own / (D * N);
+    double within = 0.0;  // the variance about the centers, of all cells together
+    for (double of_cell : inner) within += of_cell / (D * N);
     for (int64_t k = 0; k < K; ++k) {
       V *mean = &state.means[k * width()], *cell_mean = &cell_means[k * width()], *own_center = &centers[k * width()];
       for (int64_t i = 0; i < width(); ++i) {
         cell_mean[i] *= 1.0 / (mass[k] + kEps);
-        mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] * (1.0 / (core_mass[k] + kEps)) : cell_mean[i];
+        if (mass[k] == 0.0) {
+          mean[i] = own_center[i];
+        } else if (has_core(k)) {
+          mean[i] *= 1.0 / (core_mass[k] + kEps);  // so far, the sum over the core
+        } else {
+          mean[i] = cell_mean[i];
+        }
       }
       const double about_mean = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
       state.variances[k] = floor + (has_variance(k) ? about_mean / (mass[k] + kEps) / D : within);
@@ -214,7 +231,8 @@ class Fit {
     }
   }
 
-  // Whether a cell has enough points to use the mean of its core, and to use its own variance.
+  // Whether a cell has enough points to use the mean of its core, and to use its own variance, as for the other
+  // covariance types in mixture/initialization.py: with fewer points, full covariances would be nearly singular.
   bool has_core(int64_t k) const { return core_mass[k] > 2.0 * D; }
   bool has_variance(int64_t k) const { return mass[k] > D; }
 
@@ -301,7 +319,9 @@ class Fit {
   }
 
   // Replaces the gradients of the mixture after an iteration by those before it; returns the gradient of S.
-  // The derivative of the objective in r_nk is constant_k + per_distance_k d_nk + slopes_k . (z_n - mu_k).
+  // The derivative of the loss in r_nk, through M_k, mu'_k and v'_k, is
+  //   constant_k + per_distance_k d_nk + slopes_k . (z_n - mu_k),
+  // by the chain rule with z_n - mu'_k = z_n - mu_k - shift_k and shift_k = mu'_k - mu_k.
   double step_backward(const Mixture& before, const Mixture& after) {
     double grad_prior_distance = 0.0;
     for (int64_t k = 0; k < K; ++k) {
@@ -329,13 +349,14 @@ class Fit {
         V along = {};
         for (int64_t i = 0; i < width(); ++i)
           along += slopes[k * width() + i] * (point[i] - before.means[k * width() + i]);
-        inner[k] = constant[k] + per_distance[k] * d[k] + sum(along);
-        mean += r[k] * inner[k];
+        of_r[k] = constant[k] + per_distance[k] * d[k] + sum(along);
+        mean += r[k] * of_r[k];
       }
       for (int64_t k = 0; k < K; ++k) {
-        const double of_log = r[k] * (inner[k] - mean), pull = of_log * precision[k];
-        const double outward = 2.0 * per_distance[k] * r[k] - pull;
-        grads.mass[k] += of_log;
+        const double of_joint = r[k] * (of_r[k] - mean);  // the derivative in the joint log-density
+        const double pull = of_joint * precision[k];      // times z_n - mu_k: the gradient in mu_k
+        const double outward = 2.0 * per_distance[k] * r[k] - pull;  // times z_n - mu_k: a part of that in z_n
+        grads.mass[k] += of_joint;
         grads.variances[k] += 0.5 * pull * (d[k] * precision[k] - D);
         for (int64_t i = 0; i < width(); ++i) {
           const V difference = point[i] - before.means[k * width() + i];
@@ -347,7 +368,8 @@ class Fit {
     return grad_prior_distance;
   }
 
-  // Adds the gradients through the start and S. Points at distance zero share the gradient of their center.
+  // Adds the gradients through the start and S; the latter is of_square z_n. Points at distance zero from their center
+  // share its gradient.
   void start_backward(double of_square) {
     double shared = 0.0;  // the gradient through within is shared * (z - center)
     for (int64_t k = 0; k < K; ++k)
@@ -373,15 +395,15 @@ class Fit {
 };
 
 template <class Point, int kP>
-void fit(const Problem& p, const Rows& rows, int64_t threads) {
+void fit_in_threads(const Problem& p, const Rows& rows, int64_t threads) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     const FlushSubnormals flush;
-    Fit<Point, kP> own(p);
+    Fit<Point, kP> fit(p);
     for (int64_t first = next.fetch_add(kSetsPerTask); first < p.sets; first = next.fetch_add(kSetsPerTask))
       for (int64_t set = first; set < std::min(first + kSetsPerTask, p.sets); ++set) {
         const int64_t count = std::min(rows.first[set + 1] - rows.first[set], p.limit);
-        if (count > 0) own.run(set, &rows.order[rows.first[set]], count);
+        if (count > 0) fit.run(set, &rows.order[rows.first[set]], count);
       }
   };
   std::vector<std::thread> others;
@@ -396,10 +418,10 @@ void fit(const Problem& p, const Rows& rows, int64_t threads) {
 template <class Point>
 void fit(const Problem& p, int64_t threads) {
   const Rows rows(p);
-  const auto run = p.features <= kLanes       ? fit<Point, 1>
-                   : p.features <= 2 * kLanes ? fit<Point, 2>
-                   : p.features <= 4 * kLanes ? fit<Point, 4>
-                                              : fit<Point, 0>;
+  const auto run = p.features <= kLanes       ? fit_in_threads<Point, 1>
+                   : p.features <= 2 * kLanes ? fit_in_threads<Point, 2>
+                   : p.features <= 4 * kLanes ? fit_in_threads<Point, 4>
+                                              : fit_in_threads<Point, 0>;
   run(p, rows, threads);
 }
 

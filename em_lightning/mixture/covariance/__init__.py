@@ -1,6 +1,6 @@
 """Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
 
-A type defines products ``s(x)`` of features such that the log-density is linear in ``phi(x) = [1, x, s(x)]``:
+A type defines S products ``s(x)`` of features such that the log-density is linear in ``phi(x) = [1, x, s(x)]``:
 
     log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
 
@@ -18,11 +18,8 @@ from em_lightning.mixture.covariance.lowrank import LowRankCovariance
 __all__ = [
     "COVARIANCES",
     "Covariance",
-    "DiagonalCovariance",
     "FullCovariance",
     "LowRankCovariance",
-    "SphericalCovariance",
-    "TiedCovariance",
     "covariance_of",
     "half_log_two_pi",
     "variances_along",
@@ -30,17 +27,17 @@ __all__ = [
 
 Covariance = FullCovariance  # the base class of all types
 COVARIANCES: dict[str, Covariance] = {
-    kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
+    each.name: each for each in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
 }
 
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
     """Return the type that the shapes of covariances and means (B, K, D) imply; raise ValueError if none fits."""
-    components, features = means.shape[1:]
-    for kind in COVARIANCES.values():
-        if covariances.shape == (len(means), *kind.shape(components, features)):
-            return kind
-    known = ", ".join(f"{name} {(len(means), *kind.shape(components, features))}" for name, kind in COVARIANCES.items())
+    num_sets, k, d = means.shape
+    for covariance in COVARIANCES.values():
+        if covariances.shape == (num_sets, *covariance.shape(k, d)):
+            return covariance
+    known = ", ".join(f"{name} {(num_sets, *covariance.shape(k, d))}" for name, covariance in COVARIANCES.items())
     raise ValueError(
         f"covariances of shape {tuple(covariances.shape)} must fit means of shape {tuple(means.shape)}: {known}"
     )

@@ -25,8 +25,8 @@ def identity(size: int, like: Tensor) -> Tensor:
 def smallest_pivots(second_moments: Tensor) -> Tensor:
     """Return the smallest variances distinguishable from round-off, given second moments."""
     info = torch.finfo(second_moments.dtype)
-    # A variance E[x^2] - E[x]^2 has rounding errors of a few eps E[x^2]. The bound, eps^4, makes inverses finite where
-    # E[x^2] is 0, and has no effect in a fit, where E[x^2] is at least eps^2 (Points.floor).
+    # A variance E[x^2] - E[x]^2 has rounding errors of a few eps E[x^2]; 4 is chosen. The bound eps^4 makes inverses
+    # finite where E[x^2] is 0. It has no effect in a fit, where E[x^2] is at least eps^2 (Points.floor).
     return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
 
 
@@ -46,7 +46,7 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
     # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add D times
-    # the pivots, which is enough against round-off but takes too many launches on a GPU; then use the diagonal alone.
+    # the pivots, which is enough against round-off; on a GPU, it would take too many launches. Then use the diagonal.
     diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
     on_cpu = matrix.device.type == "cpu"
     replacements = [matrix + size * pivots.diag_embed(), diagonal] if on_cpu else [diagonal]

@@ -14,7 +14,7 @@ class DiagonalCovariance(FullCovariance):
     """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
-    whitening = "diag"
+    native_kind = "diag"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return num_components, num_features
@@ -47,23 +47,23 @@ class DiagonalCovariance(FullCovariance):
         return covariances <= 0
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return ``[log pi_k N(0 | mu), mu / sigma^2, -1 / (2 sigma^2)]`` and the joint log-density at the mean."""
+        """Return ``[log pi_k N(0 | mu, v), mu / v, -1 / (2 v)]`` with variances v, and ``log pi_k N(mu | mu, v)``."""
         log_weights, means, covariances = parameters
-        features = means.shape[-1]
+        num_features = means.shape[-1]
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.square()
         linear = precision * means
-        peak = self.log_peak(log_weights, inverse, features)
+        peak = self.log_peak(log_weights, inverse, num_features)
         return torch.cat([(peak - 0.5 * (means * linear).sum(-1)).unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        log_det_root = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # D features may share one entry
-        return log_weights + log_det_root - half_log_two_pi(num_features)
+        log_det_w = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # D features may share one entry
+        return log_weights + log_det_w - half_log_two_pi(num_features)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # The scatter is (B, K, S) with S = D, or S = 1 for a shared variance, when it is the sum over the D features.
+        # The scatter (B, K, S) has S = D entries; of a variance shared by D features, it is their sum, and S = 1.
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
         least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make variances negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
@@ -77,8 +77,8 @@ class DiagonalCovariance(FullCovariance):
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
         return self.variances(covariances).expand(-1, -1, num_features)
 
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        return covariances[..., features]
+    def marginal(self, covariances: Tensor, indices: list[int]) -> Tensor:
+        return covariances[..., indices]
 
     def precisions(self, covariances: Tensor) -> Tensor:
         return covariances.reciprocal()
@@ -106,7 +106,7 @@ class SphericalCovariance(DiagonalCovariance):
     """Spherical components: one variance each, (B, K), ``s(x) = |x|^2``."""
 
     name = "spherical"
-    whitening = "spherical"
+    native_kind = "spherical"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return (num_components,)
@@ -120,7 +120,7 @@ class SphericalCovariance(DiagonalCovariance):
     def pack(self, variances: Tensor) -> Tensor:
         return variances.mean(-1)
 
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
+    def marginal(self, covariances: Tensor, indices: list[int]) -> Tensor:
         return covariances
 
     def second_degree(self, x: Tensor) -> Tensor:

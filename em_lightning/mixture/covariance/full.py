@@ -11,10 +11,10 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.points import Parameters
 
-# Share of the second moments of neighbouring components that principal_axes adds; it decides axes of equal variances.
-_TIE_BREAKER = 1e-6
+# Share of the second moments of neighbouring components that principal_axes adds, to decide axes of equal variances.
+_TIE_BREAKER = 1e-6  # so small that it hardly turns axes of different variances; chosen, not measured
 # Where eigenvalues differ by less than this share of the largest, derivatives of the axes decrease to 0.
-_SMALLEST_GAP = 1e-6
+_SMALLEST_GAP = 1e-6  # chosen, not measured
 
 
 def half_log_two_pi(num_features: int) -> float:
@@ -56,9 +56,9 @@ class FullCovariance:
     """
 
     name = "full"
-    # Inverse factor in the native backend: triangle ("full"), diagonal ("diag"), number ("spherical"); None: not used.
-    whitening: str | None = "full"
-    # Leading axes of size 1 to remove from the covariances of a mixture of one set, for scikit-learn's shape.
+    # Inverse factor in native.py: triangle ("full"), diagonal ("diag") or number ("spherical"); None: not supported.
+    native_kind: str | None = "full"
+    # Number of leading axes, of size 1 in a mixture of one set, that scikit-learn's covariances do not have.
     sklearn_axes = 1
 
     @property
@@ -92,7 +92,7 @@ class FullCovariance:
         return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots exceed the round-off of ``Sigma_ii + mu_i^2``."""
+        """Return L with ``Sigma = L L^T`` and its inverse W; ``L_ii^2`` is above round-off of ``Sigma_ii + mu_i^2``."""
         matrix = self.to_public(covariances)
         second_moment = matrix.diagonal(dim1=-2, dim2=-1)
         if means is not None:
@@ -101,31 +101,31 @@ class FullCovariance:
 
     def indefinite(self, covariances: Tensor) -> Tensor:
         """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
-        features = covariances.shape[-1]
-        # Products of singular factors are indefinite by up to D eps; 16 leaves room for longer computations.
-        round_off = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        num_features = covariances.shape[-1]
+        # Products of singular factors are indefinite by up to D eps; 16 (chosen) leaves room for longer computations.
+        round_off = 16 * num_features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         failed = torch.linalg.cholesky_ex(covariances + round_off.diag_embed()).info != 0
         return failed & covariances.isfinite().flatten(-2).all(-1)
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the joint log-density at the mean, ``log pi_k N(mu | mu, Sigma)`` (B, K).
 
-        Theta is ``[log pi_k N(0 | mu, Sigma), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``.
+        Theta is ``[log pi_k N(0 | mu, Sigma), P mu, -P_ii / 2, -P_ij]`` with the precision ``P = W^T W``.
         """
         log_weights, means, covariances = parameters
-        features = means.shape[-1]
+        num_features = means.shape[-1]
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
-        peak = self.log_peak(log_weights, inverse, features)
-        constant = peak.sub((means * linear).sum(-1), alpha=0.5)
+        peak = self.log_peak(log_weights, inverse, num_features)
+        constant = peak.sub((means * linear).sum(-1), alpha=0.5)  # peak - mu^T P mu / 2
         # x^T P x / 2 contains x_i^2 once and x_i x_j twice: the coefficients are -P_ii / 2 and -P_ij.
-        quadratic = 0.5 * precision.tril() - precision  # of which the upper triangle counts
-        rows = [quadratic[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
+        quadratic = 0.5 * precision.tril() - precision  # so in the upper triangle; the lower one is not used
+        rows = [quadratic[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(num_features)]
         return torch.cat([constant.unsqueeze(-1), linear, *rows], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        """Return the joint log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
+        """Return the joint log-density at the mean (B, K), ``log pi_k + log det W - D/2 log(2 pi)``, W the inverse."""
         entries = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()  # strided logarithms are slower
         return log_weights + entries.log().sum(0) - half_log_two_pi(num_features)
 
@@ -137,7 +137,7 @@ class FullCovariance:
         """Return the means and covariances of the M-step, ``Sigma = scatter / mass + floor I``.
 
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
-        An iterative estimate starts from the covariances ``before``.
+        An iterative estimate starts from the covariances ``before`` the step.
         """
         sample_covariance = self.matrix(self.average(scatter, mass), means.shape[-1])
         return means, sample_covariance + floor[:, None, None, None] * identity(means.shape[-1], sample_covariance)
@@ -152,14 +152,16 @@ class FullCovariance:
 
     def matrix(self, upper: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) from their upper triangles (..., S)."""
-        rows = upper.split([*range(num_features, 0, -1)], -1)  # completed by the entries of the rows above
-        entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
+        rows = upper.split([*range(num_features, 0, -1)], -1)  # row i starts at the diagonal entry (i, i)
+        entries: list[Tensor] = []
+        for i, row in enumerate(rows):  # entries (i, j) left of it are the entries (j, i) of the rows above
+            entries += [*(rows[j][..., i - j, None] for j in range(i)), row]
         return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
     # Conversions.
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return covariances with the variances (B, D) of each feature for every component."""
+        """Return the covariances of components that all have the variances (B, D) of the features, uncorrelated."""
         return variance.unsqueeze(1).expand(-1, num_components, -1).diag_embed()
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
@@ -170,9 +172,9 @@ class FullCovariance:
         """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
         return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
 
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the covariances of some features."""
-        return covariances[..., features, :][..., features]
+    def marginal(self, covariances: Tensor, indices: list[int]) -> Tensor:
+        """Return the covariances of the features with some indices."""
+        return covariances[..., indices, :][..., indices]
 
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         """Return full covariances (B, K, D, D) of components with means (B, K, D)."""
@@ -195,7 +197,7 @@ class FullCovariance:
         """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape, as in scikit-learn."""
         return self.factorize(covariances).inverse.mT
 
-    # Corrections, in the frame of each component.
+    # Learned corrections, along the principal axes of each component.
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
@@ -206,17 +208,17 @@ class FullCovariance:
         sigma = self.to_public(covariances)
         matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
         values, axes = torch.linalg.eigh(matrix.detach())
-        # First-order perturbation of the axes: dV = V (V^T dM V * 1 / gap) with the gaps lambda_j - lambda_i between
-        # eigenvalues. The derivative of eigh is the same but infinite for equal eigenvalues: bound 1 / gap.
+        # First-order perturbation of axes V of a matrix M: dV = V (V^T dM V / gap) with gaps lambda_j - lambda_i, as in
+        # eigh. Replace 1 / gap, infinite for equal eigenvalues, by gap / (gap^2 + bound).
         gap = values.unsqueeze(-2) - values.unsqueeze(-1)
-        smallest = (_SMALLEST_GAP * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
-        rotation = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + smallest)
+        bound = (_SMALLEST_GAP * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
+        rotation = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + bound)
         axes = _OnceDifferentiable.apply(axes + axes @ rotation)
         least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
         return axes, torch.maximum(variances_along(axes, sigma), least).sqrt()
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""
+        """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``, stretch (B, K, D)."""
         g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return g @ (covariances - least) @ g.mT + least

@@ -12,7 +12,7 @@ from em_lightning.mixture.covariance.full import FullCovariance
 # (samples of random mixtures, D = 8, rank 2); to approximate a full covariance, 1000 instead of 40 gain 0.02 nats.
 _STEPS, _INITIAL_STEPS = 4, 40
 # Share of the variances that a start has in U: EM can change neither U = 0 nor a variance of 0 in Psi.
-_INITIAL_SHARE = 0.5
+_INITIAL_SHARE = 0.5  # chosen, not measured
 
 
 class LowRankCovariance(FullCovariance):
@@ -53,17 +53,17 @@ class LowRankCovariance(FullCovariance):
     ) -> tuple[Tensor, Tensor]:
         """Return means and ``[U, sqrt(diag Psi)]``; the expected log-likelihood does not decrease."""
         sample = self.matrix(self.average(scatter, mass), means.shape[-1])
-        second_moment = sample.diagonal(dim1=-2, dim2=-1) + means.square()  # sample is a difference of such numbers
+        second_moment = sample.diagonal(dim1=-2, dim2=-1) + means.square()
         least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
         loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
         return means, self._factor_analysis(sample, loadings, noise, least, _STEPS)
 
     def _factor_analysis(self, sample: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, steps: int) -> Tensor:
-        """Return ``[U, sqrt(diag Psi)]`` after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
+        """Return ``[U, sqrt(diag Psi)]`` after EM for sample covariances S from loadings U and noise diag(Psi)."""
         eye = identity(self.rank, sample)
         variance = sample.diagonal(dim1=-2, dim2=-1)
         for _ in range(steps):
-            weighted = loadings / noise.unsqueeze(-1)
+            weighted = loadings / noise.unsqueeze(-1)  # Psi^-1 U
             inner = torch.linalg.inv(eye + loadings.mT @ weighted)  # I - beta U
             cross = sample @ (weighted @ inner)  # S beta^T
             loadings = torch.linalg.solve(inner + inner @ weighted.mT @ cross, cross, left=False)
@@ -90,10 +90,10 @@ class LowRankCovariance(FullCovariance):
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        return covariances * ratio.sqrt()[..., None, None]
+        return covariances * ratio.sqrt()[..., None, None]  # U and sqrt(diag Psi), the roots of covariances
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``[G U, sqrt(diag(G)^2 Psi)]``, variances at least the floor, ``G = axes exp(stretch) axes^T``."""
+        """Return ``[G U, sqrt(diag(G)^2 Psi)]``, Psi at least the floor, with ``G = axes exp(stretch) axes^T``."""
         g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         root = covariances[..., -1] * g.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
