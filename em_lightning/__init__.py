@@ -10,7 +10,7 @@ from typing import Any
 from em_lightning._version import __version__
 from em_lightning.extras import ExtraChecker
 
-sys.meta_path.insert(0, ExtraChecker)
+sys.meta_path.insert(0, ExtraChecker)  # imports that need a missing extra raise an error that names it
 
 # The same names stand in __init__.pyi for type checkers and editors.
 _NAMES_OF_MODULE = {

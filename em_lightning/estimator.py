@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
-from sklearn import mixture as reference
+from sklearn import mixture as sklearn_mixture
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
 
-_SMALL = 2**12  # number of rows up to which scikit-learn is faster than the code here
-_SAMPLE = 2**14  # rows from which a start is computed; of 200,000 rows, 2^16 take 1 s more and give no better fit
-_ROWS = 2**16  # rows per block; with larger blocks two ranks are slower, see docs/results/gaussian_mixture.md
-_GIVEN = ("weights_init", "means_init", "precisions_init")  # arguments that may give a start
+# Number of rows up to which scikit-learn's code runs. On one thread its evaluation took 0.3 to 1 times the time of the
+# code here; its EM was faster up to about 1,000 rows (4 to 16 features, 3 to 8 components) and half as fast at 4,096.
+_SMALL_ROWS = 2**12
+_SAMPLE_ROWS = 2**14  # rows for a start; with 2^16 of 200,000 rows, a start takes 1 s more and the fit is no better
+_BLOCK_ROWS = 2**16  # with larger blocks two ranks are slower, see docs/results/gaussian_mixture.md
+_START_ARGUMENTS = ("weights_init", "means_init", "precisions_init")
 
 
-class GaussianMixture(reference.GaussianMixture):
+class GaussianMixture(sklearn_mixture.GaussianMixture):
     r"""Fit :math:`p(x) = \sum_k \pi_k N(x | \mu_k, \Sigma_k)` by EM, as ``sklearn.mixture.GaussianMixture`` does.
 
     Parameters, attributes, methods and results are those of scikit-learn's class. In addition:
@@ -32,9 +34,9 @@ class GaussianMixture(reference.GaussianMixture):
     - Rows are read in blocks and responsibilities are not stored, so X may be a memory-mapped array.
     - :meth:`fit` accepts weights of the rows. A common factor of the weights has no effect.
 
-    Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
-    their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them, and up
-    to 4,096 rows are evaluated by its methods. Otherwise EM runs in float64, and the attributes have the dtype of X.
+    A start is computed from all rows. With weights or more than 16,384 rows, it is computed from 16,384 rows drawn in
+    proportion to their weights. Up to 4,096 rows of float64 without weights are fitted by scikit-learn's EM; otherwise
+    EM runs in float64. Attributes have the dtype of X. Up to 4,096 rows are evaluated by scikit-learn's methods.
     ``weights_``, ``means_`` and ``covariances_`` may be set by hand, to match ``n_components`` and ``covariance_type``.
 
     Example:
@@ -53,7 +55,7 @@ class GaussianMixture(reference.GaussianMixture):
             ValueError: an argument is out of range, there are fewer rows than components, or a covariance
                 is not positive definite, which is possible if ``reg_covar`` is 0 or negligible.
         """
-        for name in _GIVEN:
+        for name in _START_ARGUMENTS:
             if getattr(self, name) is not None:
                 check_array(getattr(self, name), ensure_2d=False, allow_nd=True, input_name=name)
         for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1)):
@@ -62,31 +64,27 @@ class GaussianMixture(reference.GaussianMixture):
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         original, to_library = X, _library_of(X)
         X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
-        counts = None if sample_weight is None else _counts(sample_weight, len(X))
+        row_weights = None if sample_weight is None else _relative_weights(sample_weight, len(X))
         random = check_random_state(self.random_state)
-        again = self.warm_start and hasattr(self, "converged_")
-        if again and (change := self._changed(X.shape[1])):
+        resumes = self.warm_start and hasattr(self, "converged_")
+        if resumes and (change := self._changed(X.shape[1])):
             warnings.warn(f"warm_start=True has no effect, a new mixture is fitted: {change}", stacklevel=2)
             del self.converged_  # type: ignore[has-type]
-            again = False
-        if again:  # include attributes that were set by hand
-            self._set_attributes(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
-        if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
+            resumes = False
+        if resumes:  # scikit-learn starts from precisions_cholesky_: compute it, as covariances_ may be set by hand
+            self._set_attributes(self._mixture(), to_library, X.dtype)
+        if len(X) <= _SMALL_ROWS and X.dtype == np.float64 and row_weights is None:
             super().fit_predict(original)
             return self._remember()
-        starts = [self._mixture()] if again else (self._start(X, counts, random) for _ in range(self.n_init))
-        before = self.lower_bound_ if again else None  # type: ignore[has-type]
-        fits = (self._iterate(X, counts, start, before, number) for number, start in enumerate(starts))
+        starts = [self._mixture()] if resumes else (self._start(X, row_weights, random) for _ in range(self.n_init))
+        previous = self.lower_bound_ if resumes else None  # type: ignore[has-type]
+        fits = (self._iterate(X, row_weights, start, number, previous) for number, start in enumerate(starts))
         best = max(fits, key=lambda fit: fit.log_likelihoods[-1:])  # a list, which is empty for max_iter=0
-        self._check(best.mixture)
+        self._check_covariances(best.mixture)
         if not best.converged and self.max_iter > 0:
-            warnings.warn(
-                "Best performing initialization did not converge. Try different init parameters, or increase max_iter, "
-                "tol, or check for degenerate data.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        self._set_attributes(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
+            as_sklearn = "Best performing initialization did not converge. Try different init parameters, or increase "
+            warnings.warn(as_sklearn + "max_iter, tol, or check for degenerate data.", ConvergenceWarning, stacklevel=2)
+        self._set_attributes(best.mixture, to_library, X.dtype)
         self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
         self.lower_bounds_ = best.log_likelihoods
         self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
@@ -120,37 +118,38 @@ class GaussianMixture(reference.GaussianMixture):
         rows = means[labels] + (scale[labels] @ random.standard_normal((n_samples, means.shape[1], 1)))[..., 0]
         return to_library(rows), to_library(labels)
 
-    def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
+    def _start(self, X: np.ndarray, row_weights: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         """Return the mixture from which scikit-learn's EM starts."""
-        if len(X) > _SAMPLE or counts is not None:
-            X = _draw(X, counts, random)
-        start = reference.GaussianMixture(**self.get_params())
+        if len(X) > _SAMPLE_ROWS or row_weights is not None:
+            X = _draw(X, row_weights, random)
+        start = sklearn_mixture.GaussianMixture(**self.get_params())
         start.set_params(max_iter=0, n_init=1, warm_start=False, verbose=0, random_state=random)
-        start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _GIVEN})
+        start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _START_ARGUMENTS})
         start.covariances_ = None  # scikit-learn reads it, but does not set it if precisions_init is given
         start.fit(X)
         if self.precisions_init is None:
             return self._of_arrays(start.weights_, start.means_, start.covariances_)
         inverse = self._of_arrays(start.weights_, start.means_, start.precisions_)  # precisions in place of covariances
-        covariances = COVARIANCES[self.covariance_type].precisions(inverse.covariances)
+        covariances = COVARIANCES[self.covariance_type].precisions(inverse.covariances)  # inverses of the precisions
         return Mixture(inverse.log_weights, inverse.means, covariances)
 
-    def _check(self, mixture: Mixture) -> None:
+    def _check_covariances(self, mixture: Mixture) -> None:
         """Raise ValueError if a covariance is singular up to round-off, in any units of the columns."""
         variance, covariances = mixture.variance[0], mixture.full().covariances[0]
-        if self.reg_covar > 1e-30 * variance.max():  # relative standard deviations of 1e-15, the precision of float64
+        if self.reg_covar > 1e-30 * variance.max():  # standard deviations are above 1e-15 of the largest one
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)  # avoids 0 / 0
-        if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:  # their round-off
+        # Of 1,800 singular matrices of correlations with 2 to 50 columns, round-off left eigenvalues of up to 8e-15.
+        if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:
             raise ValueError(
                 f"reg_covar={self.reg_covar} leaves components with ill-defined covariances, such as those of equal "
                 "rows; increase reg_covar, decrease n_components, or remove constant columns"
             )
 
     def _iterate(
-        self, X: np.ndarray, counts: np.ndarray | None, start: Mixture, before: float | None, number: int
+        self, X: np.ndarray, row_weights: np.ndarray | None, start: Mixture, number: int, previous: float | None
     ) -> BlockFit:
-        """Run EM from a start; ``before`` is the log-likelihood per row of the last iteration of an earlier fit."""
+        """Run EM from start ``number``; ``previous`` is the last log-likelihood per row of an earlier fit."""
 
         def report(iteration: int, log_likelihood: float) -> None:
             if self.verbose and iteration % self.verbose_interval == 0:
@@ -159,15 +158,15 @@ class GaussianMixture(reference.GaussianMixture):
         if self.verbose:
             print(f"Initialization {number}")
         options: dict[str, Any] = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar}
-        return fit_blocks(lambda: _blocks(X, counts), start, previous=before, report=report, **options)
+        return fit_blocks(lambda: _blocks(X, row_weights), start, previous=previous, report=report, **options)
 
-    def _set_attributes(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
-        covariance = COVARIANCES[self.covariance_type]
-        weights = mixture.weights[0]
-        self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
-        self.covariances_, self.precisions_, self.precisions_cholesky_ = (
-            convert(function(mixture.covariances)[(0,) * covariance.sklearn_axes])
-            for function in (lambda part: part, covariance.precisions, covariance.precision_factors)
+    def _set_attributes(self, mixture: Mixture, to_library: Callable[[np.ndarray], Any], dtype: np.dtype) -> None:
+        covariance, weights, covariances = COVARIANCES[self.covariance_type], mixture.weights[0], mixture.covariances
+        parts = [weights / weights.sum(), mixture.means[0]]
+        for matrices in (covariances, covariance.precisions(covariances), covariance.precision_factors(covariances)):
+            parts.append(matrices[(0,) * covariance.sklearn_axes])  # scikit-learn lacks these axes, of length 1
+        self.weights_, self.means_, self.covariances_, self.precisions_, self.precisions_cholesky_ = (
+            to_library(part.numpy().astype(dtype)) for part in parts
         )
 
     def _remember(self) -> GaussianMixture:
@@ -179,11 +178,11 @@ class GaussianMixture(reference.GaussianMixture):
 
     def _changed(self, num_features: int) -> str:
         """Return how the parameters differ from those of the fitted mixture; an empty string if they do not."""
-        components, features = np.shape(self.means_)
+        fitted_components, fitted_features = np.shape(self.means_)
         pairs = {
-            "n_components": (self.n_components, components),
+            "n_components": (self.n_components, fitted_components),
             "covariance_type": (self.covariance_type, getattr(self, "_fitted_type", self.covariance_type)),
-            "n_features": (num_features, features),
+            "n_features": (num_features, fitted_features),
         }
         differences = (f"{name}={now!r}, was {then!r}" for name, (now, then) in pairs.items() if now != then)
         return "; ".join(differences)
@@ -198,59 +197,59 @@ class GaussianMixture(reference.GaussianMixture):
     def _of_arrays(self, *arrays: Any) -> Mixture:
         """Return the mixture with weights, means and covariances in scikit-learn's layout."""
         weights, means, covariances = (torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64)) for part in arrays)
-        axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes
+        axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes  # leading axes that scikit-learn's layout lacks
         return Mixture(weights.log()[None], means[None], covariances[axes])
 
     def _evaluate(self, X: Any, method: str, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         """Call scikit-learn's method for a small table, or a function of the mixture and each block of rows."""
         mixture, to_library = self._mixture(), _library_of(X)
-        small_rows = isinstance(X, np.ndarray) and X.dtype == np.float64 and len(X) <= _SMALL
-        # The method below validates rows too, which takes as long as the evaluation of a small table.
-        if not small_rows or X.shape[1:] != mixture.means.shape[2:] or hasattr(self, "feature_names_in_"):
+        small = isinstance(X, np.ndarray) and X.dtype == np.float64 and len(X) <= _SMALL_ROWS
+        # The method of scikit-learn below validates small tables too, and validation takes as long as their evaluation.
+        if not small or X.shape[1:] != mixture.means.shape[2:] or hasattr(self, "feature_names_in_"):
             X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
-        if len(X) > _SMALL:
+        if len(X) > _SMALL_ROWS:
             return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # weights of 0, distant rows
-            values = getattr(self._small(mixture), method)(X - mixture.mean.numpy())
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log of a weight of 0, distant rows
+            values = getattr(self._sklearn_estimator(mixture), method)(X - mixture.mean.numpy())
         return to_library(values if method == "predict" else values.astype(X.dtype))
 
-    def _small(self, mixture: Mixture) -> reference.GaussianMixture:
-        """Return scikit-learn's estimator of the mixture shifted to mean 0: its expanded squares cancel far from 0."""
+    def _sklearn_estimator(self, mixture: Mixture) -> sklearn_mixture.GaussianMixture:
+        """Return scikit-learn's estimator of the mixture shifted to mean 0, as scikit-learn is inexact far from 0."""
         covariance, fitted = COVARIANCES[self.covariance_type], getattr(self, "_fitted_covariances", None)
         if fitted is not None and torch.equal(mixture.covariances, fitted):
             factors = self._fitted_factors
         else:  # set by hand
             factors = covariance.precision_factors(mixture.covariances)
-        small = reference.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
-        small.weights_, small.means_ = mixture.weights[0].numpy(), (mixture.means - mixture.mean)[0].numpy()
-        small.precisions_cholesky_ = factors[(0,) * covariance.sklearn_axes].numpy()
-        return small
+        estimator = sklearn_mixture.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
+        estimator.weights_, estimator.means_ = mixture.weights[0].numpy(), (mixture.means - mixture.mean)[0].numpy()
+        estimator.precisions_cholesky_ = factors[(0,) * covariance.sklearn_axes].numpy()
+        return estimator
 
 
-def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
+def _relative_weights(sample_weight: Any, num_rows: int) -> np.ndarray:
     """Return the weights divided by the largest; raise ValueError if they are invalid."""
-    counts = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
-    if counts.shape != (num_rows,) or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
+    weights = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
+    if weights.shape != (num_rows,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(
-            f"sample_weight of shape {counts.shape} must be ({num_rows},), finite, not negative and not all zero, got "
-            f"{counts.min()} to {counts.max()}; subtract the largest of log-weights before exp()"
+            f"sample_weight of shape {weights.shape} must be ({num_rows},), finite, not negative and not all zero, got "
+            f"{weights.min()} to {weights.max()}; subtract the largest log-weight if they are exp() of log-weights"
         )
-    return counts / counts.max()
+    return weights / weights.max()
 
 
-def _draw(X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> np.ndarray:
-    """Draw ``_SAMPLE`` rows in proportion to their weights by stratified sampling."""
-    ends = np.cumsum(np.ones(len(X)) if counts is None else counts)
-    positions = (np.arange(_SAMPLE) + random.random_sample(_SAMPLE)) * (ends[-1] / _SAMPLE)
+def _draw(X: np.ndarray, row_weights: np.ndarray | None, random: np.random.RandomState) -> np.ndarray:
+    """Draw ``_SAMPLE_ROWS`` rows in proportion to their weights by stratified sampling."""
+    ends = np.cumsum(np.ones(len(X)) if row_weights is None else row_weights)
+    positions = (np.arange(_SAMPLE_ROWS) + random.random_sample(_SAMPLE_ROWS)) * (ends[-1] / _SAMPLE_ROWS)
     return X[np.searchsorted(ends, positions, side="right").clip(max=len(X) - 1)]
 
 
-def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(X), _ROWS):
-        rows = slice(start, start + _ROWS)
+def _blocks(X: np.ndarray, row_weights: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(X), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
         # torch.from_numpy warns about arrays that are not writeable.
-        block = X[rows] if X.flags.writeable else X[rows].copy()
-        yield torch.from_numpy(block), None if counts is None else torch.from_numpy(counts[rows].astype(X.dtype))
+        block = torch.from_numpy(X[rows] if X.flags.writeable else X[rows].copy())
+        yield block, None if row_weights is None else torch.from_numpy(row_weights[rows].astype(X.dtype))
 
 
 def _dispatched(X: Any) -> bool:

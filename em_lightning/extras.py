@@ -20,7 +20,7 @@ class ExtraChecker:
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Raise ImportError if the module ``name`` of this package needs a library that is not installed."""
         package, _, module = name.partition(".")
-        library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))  # other modules need no extra
+        library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))  # modules without an extra need torch only
         if package == "em_lightning" and importlib.util.find_spec(library) is None:
             distribution = f"em-lightning[{extra}]" if extra else "em-lightning"
             raise ImportError(f"{name} needs {library}: pip install '{distribution}'", name=library)

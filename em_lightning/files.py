@@ -37,12 +37,13 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove partial files of a path whose process ran on this host and has ended."""
+    """Remove the partial files of a path that were written by processes of this host which have ended."""
     if os.name != "posix":  # elsewhere os.kill(process, 0) may end the process
         return
     for partial in path.parent.glob(glob.escape(f"{path.name}.{socket.gethostname()}-") + "*.partial"):
-        process = partial.name.removesuffix(".partial").rsplit("-", 2)[-2]
-        with contextlib.suppress(OSError, ValueError):  # another user's, read-only, or no number in the name
+        # Keep the file if the process is another user's, the folder read-only, or the name without a process number.
+        with contextlib.suppress(OSError, ValueError):
+            _, process, _ = partial.stem.rsplit("-", 2)
             try:
                 os.kill(int(process), 0)
             except ProcessLookupError:

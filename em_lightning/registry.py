@@ -10,20 +10,22 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_IMPORTED = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
+_IMPORTABLE = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
     """Return the class with a dotted path, which may come from a checkpoint of someone else.
 
-    Importing a module runs its code, so only modules of torch.nn and em_lightning are imported, and no ``__main__``.
-    ValueError if it is in another module that is not imported yet, does not exist or is not derived from ``base``.
+    Importing a module runs its code. Therefore only modules of torch.nn and em_lightning are imported, except their
+    ``__main__`` modules; other modules must be imported already. ValueError if this module must not be imported, or has
+    no class of this name that is derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
-    if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
+    if module not in sys.modules and (not module.startswith(_IMPORTABLE) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} is in a module not imported yet; if you trust it, import {module}")
     try:
-        found = importlib.import_module(module)  # vars(), as torch's __getattr__ may import more; ours has lazy names
+        found = importlib.import_module(module)
+        # getattr() for the lazy names of em_lightning, vars() for torch, whose __getattr__ may import more modules.
         cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
@@ -127,7 +129,7 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: the key is unknown, or the mapping has neither ``name`` nor an importable ``class_path``.
-            TypeError: ``spec`` is none of these, has arguments although an instance, or the constructor refuses them.
+            TypeError: ``spec`` is none of these, arguments are given with an instance, or the constructor refuses them.
         """
         if isinstance(spec, (str, type, Mapping)):
             cls, options = self.resolve(spec)
@@ -135,7 +137,7 @@ class Registry(Generic[T]):
                 return cls(**{**arguments, **options})
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
-        if not callable(spec):  # instances are modules or functions
+        if not callable(spec):  # an instance is a module or a function
             keys = ", ".join(sorted(self))
             raise TypeError(f"{spec!r} is not a {self.kind}: give a key ({keys}), a class, a mapping or an instance")
         if arguments:

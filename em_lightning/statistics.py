@@ -24,7 +24,7 @@ class Statistic(nn.Module):
 
         Args:
             posterior: posterior over K hypotheses on axis ``dim``.
-            values: one number (K,) or one vector (..., K, V) per hypothesis, for statistics of values.
+            values: one number (K,), or one vector of length V (..., K, V), per hypothesis, for statistics of values.
             dim: axis of the hypotheses.
 
         Raises:
@@ -52,7 +52,7 @@ class Responsibilities(Statistic):
 
 @STATISTICS.register("mean")
 class Mean(Statistic):
-    """The posterior mean sum_k r_k v_k: values (K,) give (...), values (..., K, V) give (..., V)."""
+    """The posterior mean sum_k r_k v_k of values v: values (K,) give (...), values (..., K, V) give (..., V)."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         return posterior.mean(_required(values, "mean"), dim)
@@ -76,13 +76,13 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the hypothesis with the largest responsibility, (...), or its value; energies get no gradient."""
+    """Index of the most probable hypothesis, (...), or its value if values are given; energies get no gradient."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         if values is None:
             return posterior.mode(dim)
         hard = torch.zeros_like(posterior.responsibilities).scatter(dim, posterior.mode(dim).unsqueeze(dim), 1.0)
-        return Posterior(posterior.energies, hard, posterior.free_energy).mean(values, dim)
+        return posterior._replace(responsibilities=hard).mean(values, dim)
 
 
 @STATISTICS.register("log_responsibilities")
@@ -96,10 +96,10 @@ class LogResponsibilities(Statistic):
 
 @STATISTICS.register("neg_log_responsibilities")
 class NegLogResponsibilities(Statistic):
-    """The excess energy d_k - F, shape (..., K); for softmin -T log r_k + T log pi_k.
+    """The energies d minus the free energy F, d_k - F (..., K).
 
-    For softmin at T = 1 without a prior it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is
-    positive for every operator whose free energy is below the lowest energy.
+    For softmin with temperature T and prior pi it is -T log r_k + T log pi_k. For T = 1 without prior this is -log r_k,
+    computed as d_k + logsumexp(-d), exact for energies of any size. It is positive if F is below the lowest energy.
 
     Source: Oursland, 2026, github.com/alanoursland/implicit_em_in_neural_activations (supervised_study).
     """

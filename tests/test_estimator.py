@@ -22,7 +22,7 @@ from em_lightning.estimator import GaussianMixture
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
     """Do not leave small tables to scikit-learn."""
-    monkeypatch.setattr(estimator, "_SMALL", 0)
+    monkeypatch.setattr(estimator, "_SMALL_ROWS", 0)
 
 
 def random_starts_depend_on_the_order_of_rows(model):
@@ -250,7 +250,7 @@ def test_every_start_is_that_of_scikit_learn(kind, init, X):
 
 def test_small_tables_have_the_same_result_in_blocks(X, monkeypatch):
     blocks = GaussianMixture(4, random_state=0).fit(X)
-    monkeypatch.setattr(estimator, "_SMALL", 2**12)
+    monkeypatch.setattr(estimator, "_SMALL_ROWS", 2**12)
     whole = GaussianMixture(4, random_state=0).fit(X)
     assert np.allclose(whole.means_, blocks.means_) and np.array_equal(whole.predict(X), blocks.predict(X))
 
@@ -262,14 +262,14 @@ def test_small_tables_are_evaluated_as_in_blocks(kind, dtype, X, monkeypatch):
     fit = GaussianMixture(4, covariance_type=kind, random_state=0).fit(rows)
 
     def evaluated(size):
-        monkeypatch.setattr(estimator, "_SMALL", size)
+        monkeypatch.setattr(estimator, "_SMALL_ROWS", size)
         return [getattr(fit, name)(rows) for name in ("predict", "predict_proba", "score_samples")]
 
     for change in (1.0, 4.0):  # covariances of the fit, and set by hand
         fit.covariances_ = change * fit.covariances_
         for small, blocks in zip(evaluated(2**12), evaluated(0), strict=True):
             assert small.dtype == blocks.dtype and np.allclose(small, blocks, rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr(estimator, "_SMALL", 2**12)
+    monkeypatch.setattr(estimator, "_SMALL_ROWS", 2**12)
     assert_raises(ValueError, ["2 features", "3 features"], lambda: fit.predict(rows[:, :2]))
     assert_raises(ValueError, ["NaN"], lambda: fit.score_samples(np.where(rows > 100.0, np.nan, rows)))
 
@@ -286,7 +286,7 @@ def test_small_tables_are_evaluated_as_in_blocks(kind, dtype, X, monkeypatch):
     ],
 )
 def test_a_warm_start_after_changed_parameters_fits_anew(before, after, small, X, monkeypatch):
-    monkeypatch.setattr(estimator, "_SMALL", small)
+    monkeypatch.setattr(estimator, "_SMALL_ROWS", small)
     fit = GaussianMixture(**{"n_components": 3, "warm_start": True, "random_state": 0, **before}).fit(X)
     fit.set_params(**after)
     for stale in (fit.predict, fit.score_samples, fit.bic, lambda _: fit.sample(3)):

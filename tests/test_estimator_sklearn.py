@@ -48,7 +48,7 @@ def mode(request, monkeypatch):
     if request.param == "blocks":
         if request.node.originalname in REFUSED_IN_BLOCKS:
             pytest.skip("refused")
-        monkeypatch.setattr(estimator, "_SMALL", 0)
+        monkeypatch.setattr(estimator, "_SMALL_ROWS", 0)
 
 
 @pytest.fixture(params=[np.float32, np.float64])

@@ -16,7 +16,7 @@ from test_properties_mixtures import matrices, mixtures
 from em_lightning import estimator
 from em_lightning.estimator import GaussianMixture
 
-estimator_in_blocks = pytest.fixture(autouse=True)(lambda monkeypatch: monkeypatch.setattr(estimator, "_SMALL", 0))
+estimator_in_blocks = pytest.fixture(autouse=True)(lambda monkeypatch: monkeypatch.setattr(estimator, "_SMALL_ROWS", 0))
 
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("recipe", help="name of a recipe, or path of a copy of its script")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, help="of its LightningCLI: --trainer.max_epochs=3")
     auditor = command("audit", "list the layers of a model in which EM takes place")
-    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME: a module, or what makes one")
+    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME of a module, class or function")
     source = auditor.add_mutually_exclusive_group(required=True)
     form = "[NAME=]SHAPE[:LIMIT]"
     shapes = "random input: 32,784 for numbers, ids=8,128:50257 for integers below 50257; one per argument of forward"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ExtraChecker.find_spec("em_lightning.cli.recipe")  # raises ImportError if Lightning is not installed
             run(parsed.recipe, parsed.arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        message = str(_raised_here(error) or "")
+        message = str(_raised_by_this_package(error) or "")
         if not message and isinstance(error, OSError) and error.errno in _UNWRITABLE:
             option = " with --trainer.logger.save_dir" if parsed.command == "run" else ""
             message = f"{error}: free disk space, or write to another folder{option}"
@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _raised_here(error: BaseException | None) -> BaseException | None:
+def _raised_by_this_package(error: BaseException | None) -> BaseException | None:
     """Return the first error of the chain that a ``raise`` of this package raised: its message needs no traceback."""
     package = Path(__file__).parents[1]
     while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__)[-1:]:  # the frame that raised, if it is known
+        for frame in traceback.extract_tb(error.__traceback__)[-1:]:  # the frame that raised, if there is a traceback
             if Path(frame.filename).is_relative_to(package) and (frame.line or "").startswith("raise "):
                 return error
         error = error.__cause__ or error.__context__

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-def _named(target: str) -> Any:
-    """Import the object ``package.module:NAME``, or run the file of ``path/to/file.py:NAME``; return the object."""
+def _import_object(target: str) -> Any:
+    """Return the object ``package.module:NAME``, or ``path/to/file.py:NAME``, whose file is run."""
     source, colon, name = target.rpartition(":")
     if not colon:
         raise ValueError(f"{target!r} must be package.module:NAME or path/to/file.py:NAME")
@@ -39,12 +39,12 @@ def load_model(
     from em_lightning.checkpoints import read_checkpoint
     from em_lightning.surgery import read_plan, restore_surgery
 
-    made = _named(target)
-    if checkpoint is not None and isinstance(made, type) and hasattr(made, "load_from_checkpoint"):
-        restore = functools.partial(restore_surgery, made)
-        load = restore if read_plan(checkpoint, weights_only) else made.load_from_checkpoint
+    named = _import_object(target)
+    if checkpoint is not None and isinstance(named, type) and hasattr(named, "load_from_checkpoint"):
+        restore = functools.partial(restore_surgery, named)
+        load = restore if read_plan(checkpoint, weights_only) else named.load_from_checkpoint
         return load(checkpoint, map_location="cpu", weights_only=weights_only, **(arguments or {}))
-    model = made if isinstance(made, nn.Module) else made(**(arguments or {}))
+    model = named if isinstance(named, nn.Module) else named(**(arguments or {}))
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} must be or return a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
@@ -83,12 +83,12 @@ def print_audit(options: argparse.Namespace, command: str) -> None:
     try:
         arguments = yaml.safe_load(options.init_args)
         model = load_model(options.model, options.ckpt_path, options.weights_only == "true", arguments)
-        if options.batch is None:
-            values = _random_inputs(options.input)  # for the forward; a batch is for training_step, if there is one
-            found = audit(model, None, functools.partial(call, model, values))
+        if options.batch is None:  # call forward; with a batch, audit() calls training_step if the model has one
+            found = audit(model, batch=None, run=functools.partial(call, model, _random_inputs(options.input)))
         else:  # without a colon, the function is in the file or module of the model
             source = options.model.rpartition(":")[0]
-            found = audit(model, _named(options.batch if ":" in options.batch else f"{source}:{options.batch}")())
+            make_batch = _import_object(options.batch if ":" in options.batch else f"{source}:{options.batch}")
+            found = audit(model, make_batch())
     except Exception as error:  # user code may raise errors of any type
         reason = " ".join(str(error).split())
         if "'dict' object has no attribute" in reason:

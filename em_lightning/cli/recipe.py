@@ -34,7 +34,7 @@ _WARNINGS = (
     ".*dirpath has changed.*",
     ".*no last checkpoint available.*",
 )
-_ADVERTISED = ("litlogger", "litmodels", "TPU available")  # words of messages to hide
+_HIDDEN_WORDS = ("litlogger", "litmodels", "TPU available")  # of messages to hide: advertisements, list of devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Recipe:
     Args:
         script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
             beside the script or else in the folder of configs.
+        model, data: the classes, or base classes, of the LightningModule and of the LightningDataModule.
         report: class of the callback that measures at the end of the fit, configured under the key ``report``.
         data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
         model_subclasses, data_subclasses: whether ``--model`` and ``--data`` name subclasses of ``model`` and ``data``.
@@ -87,11 +88,11 @@ class Recipe:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        for words in _WARNINGS:
-            warnings.filterwarnings("ignore", words)
+        for pattern in _WARNINGS:
+            warnings.filterwarnings("ignore", pattern)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        log.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
+        log.addFilter(lambda record: not any(word in record.getMessage() for word in _HIDDEN_WORDS))
         return RecipeCLI(self, args)
 
 
@@ -146,7 +147,7 @@ class RecipeCLI(LightningCLI):
             print(self.short_help(parser))
             raise SystemExit(0)
         keys = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
-        for name in self.recipe.data_to_model:  # a linked argument of a subclass would be ignored
+        for name in self.recipe.data_to_model:  # if the model is a subclass, jsonargparse would ignore the given value
             if {f"model.{name}", f"model.init_args.{name}"} & set(keys):
                 raise ValueError(f"model.{name} must not be given, because it is the data's {name}")
         try:
@@ -164,23 +165,23 @@ class RecipeCLI(LightningCLI):
         """Return the trainer: by default a progress bar in terminals only, a timeout of DDP, atomic checkpoints."""
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")  # with it, Lightning would raise
-        given = self.config_init.trainer
-        callbacks = [given.callbacks] if isinstance(given.callbacks, Callback) else given.callbacks or []
-        if given.logger is False:  # LearningRateMonitor raises without a logger
+        settings = self.config_init.trainer
+        callbacks = [settings.callbacks] if isinstance(settings.callbacks, Callback) else settings.callbacks or []
+        if settings.logger is False:  # LearningRateMonitor raises without a logger
             callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
-        if not any(isinstance(each, ProgressBar) for each in callbacks) and given.enable_progress_bar is not False:
+        if not any(isinstance(each, ProgressBar) for each in callbacks) and settings.enable_progress_bar is not False:
             if sys.stderr.isatty():
-                # RichProgressBar hides the last line. A refresh takes 0.3 ms, which counts beside small steps.
+                # RichProgressBar hides the last line. Refresh every fifth step, as a refresh takes 0.3 ms.
                 callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]
-            elif given.enable_progress_bar is None:
-                given.enable_progress_bar = False
+            elif settings.enable_progress_bar is None:
+                settings.enable_progress_bar = False
         try:
-            given.callbacks = list(callbacks)  # Lightning adds its own to the list
+            settings.callbacks = list(callbacks)  # Lightning adds its own to the list
             trainer = super().instantiate_trainer(**options)  # decides what the strategy "auto" is
-            if isinstance(trainer.strategy, DDPStrategy) and isinstance(given.strategy, str):
-                name = "ddp" if given.strategy == "auto" else given.strategy
-                given.strategy = WatchedDDPStrategy(**StrategyRegistry[name]["init_params"])
-                given.callbacks = list(callbacks)
+            if isinstance(trainer.strategy, DDPStrategy) and isinstance(settings.strategy, str):
+                name = "ddp" if settings.strategy == "auto" else settings.strategy
+                settings.strategy = WatchedDDPStrategy(**StrategyRegistry[name]["init_params"])
+                settings.callbacks = list(callbacks)
                 trainer = super().instantiate_trainer(**options)  # again, with a timeout
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
@@ -192,8 +193,8 @@ class RecipeCLI(LightningCLI):
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
         shown = ("model.", "data.", "report.", "seed_everything", "trainer.max_epochs", "trainer.accelerator")
         defaults = parser.get_defaults().items()
-        given = {key: value for key, value in defaults if key.startswith(shown) and value is not None}
-        options = [f"--{key.replace('.init_args', '').replace('.class_path', '')}={given[key]}" for key in given]
+        listed = {key: value for key, value in defaults if key.startswith(shown) and value is not None}
+        options = [f"--{k.replace('.init_args', '').replace('.class_path', '')}={value}" for k, value in listed.items()]
         variants = ", ".join(variants_of(self.script)) or "none"
         paragraphs = (
             f"Arguments with defaults: {' '.join(options)}",

@@ -44,7 +44,7 @@ def run(name: str, args: Sequence[str]) -> None:
         path, table = tables[-1]  # as the last of several configs overrides the others
         entry = {**table, "seeds": options.seeds or table.get("seeds")}
         command = shlex.join(["em-lightning", "run", name, *(f"--config={each}" for each in options.config), *rest])
-        # Without the table: a run is found again by a hash of its config, which other rows must not change.
+        # Without the entry "table": a run is found by the hash of its config, which other rows must not change.
         configs = [read_config(config_of(script)), *({**content, "table": None} for content in contents)]
         load, results = functools.partial(load_recipe, script), folder / path.stem
         run_table(load, entry, results, arguments, configs=configs, command=command, jobs=options.jobs)

@@ -47,10 +47,10 @@ class SplitDataModule(lightning.LightningDataModule):
         seed: seed of the random data and of the order of training items, at least 0.
 
     Raises:
-        ValueError: an integer is too small.
+        ValueError: an argument is out of range.
     """
 
-    may_be_zero: ClassVar = ("seed", "num_workers", "holes", "held_out_classes", "val_size")  # those of all subclasses
+    may_be_zero: ClassVar = ("seed", "num_workers", "holes", "held_out_classes", "val_size")  # fields of all subclasses
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,9 +62,10 @@ class SplitDataModule(lightning.LightningDataModule):
                 check_at_least(0 if field.name in self.may_be_zero else 1, **{field.name: getattr(self, field.name)})
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """Number of processes and the rank of this one; (1, 0) without a trainer."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+    def replica(self) -> dict[str, int]:
+        """Arguments of loaders: ``num_replicas``, the number of processes, and ``rank``; 1 and 0 without a trainer."""
+        trainer = self.trainer
+        return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
 
     def loader(self, split: str) -> Any:
         """Return the batches of ``"train"``, ``"val"`` or ``"test"`` for this rank."""
@@ -94,7 +95,8 @@ class Resumable:
     batches: Any  # a method: ``batches(first)`` yields the batches of an epoch from number ``first`` on
 
     def __iter__(self) -> Any:
-        first, self._restored = self._restored, 0  # at the first batch: a state may be loaded after the call of iter
+        # This runs when the first batch is requested, so a state may be loaded between iter() and next().
+        first, self._restored = self._restored, 0
         self.position = first
         for batch in self.batches(first):
             self.position += 1
@@ -105,11 +107,12 @@ class Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after batch ``position``; ValueError if the number of batches has changed within an epoch."""
-        position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
-        if 0 < position < saved != length:
-            rule = "resume it with the same data, batch size and number of processes"
-            raise ValueError(f"the checkpoint is from batch {position} of {saved}, but an epoch has {length}: {rule}")
-        self.position, self._restored = position, position % max(saved, 1)
+        position, saved_length, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
+        within_epoch = 0 < position < saved_length
+        if within_epoch and saved_length != length:
+            found = f"the checkpoint is from batch {position} of {saved_length}, but an epoch has {length}"
+            raise ValueError(f"{found}: resume it with the same data, batch size and number of processes")
+        self.position, self._restored = position, position if within_epoch else 0
 
 
 class RankLoader(Resumable):

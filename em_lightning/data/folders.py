@@ -22,10 +22,11 @@ class PointCloudFolder(PointCloudDataModule):
     """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
 
     The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
-    split. Without ``val``, training files are divided by a hash of their names, the same on all machines; without any
-    of the folders, all files are. Fewer than three files are not divided: both splits hold them. Points are drawn from
-    meshes; point clouds are divided into points to fit and held-out points, at most ``num_points`` each.
-    Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
+    split. Without ``val``, validation files are taken from the training files; without any of the folders, test and
+    validation files are taken from all. They are chosen by a hash of their names, the same on all machines. Fewer than
+    three files are not divided: each split that would get a part holds all. Points are drawn from meshes; point clouds
+    are divided into points to fit and held-out points, at most ``num_points`` each. Hidden files are skipped, and text
+    files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
         root: the folder, a zip archive of it, or the URL of one, which is kept in ~/.cache/em_lightning.
@@ -57,7 +58,7 @@ class PointCloudFolder(PointCloudDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}.items():
-            if not 0 <= value < 0.5:  # training files must be left
+            if not 0 <= value < 0.5:  # the sum must leave training files
                 raise ValueError(f"{name}={value} must be at least 0 and less than 0.5")
         self.downloads = self.root.startswith(("https://", "http://"))
         cached = f"{CACHE}/{hashlib.sha256(self.root.encode()).hexdigest()[:16]}.zip"

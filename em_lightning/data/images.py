@@ -103,9 +103,6 @@ class TensorDataModule(SplitDataModule):
         eval_batch_size: items per batch of validation, test and prediction.
         val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
             published tables do; do not select models by that score.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
 
     batch_size: int = 128
@@ -138,13 +135,13 @@ class TensorDataModule(SplitDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        train, test = self.load(True), self.load(False)
+        train, test = self.load(train=True), self.load(train=False)
         if self.val_size >= len(train.y):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
             order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-            parts = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
+            parts = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values  # in the given order
             train, val = (Tensors(train.x[rows], train.y[rows]) for rows in parts)
         self.splits = {"train": train, "val": val, "test": test}
 
@@ -156,12 +153,12 @@ class TensorDataModule(SplitDataModule):
 
     def loader(self, split: str) -> TensorBatches:
         self.setup()
-        return self.batches(list(self.splits[split]), split == "train")
+        return self.batches(list(self.splits[split]), train=split == "train")
 
     def batches(self, tensors: list[Tensor], train: bool, draw: Callable[..., Any] | None = None) -> TensorBatches:
         """Return a loader of these tensors: shuffled for training, else in order with ``eval_batch_size``."""
         batch_size = self.batch_size if train else self.eval_batch_size
-        return TensorBatches(tensors, batch_size, train, *self.ranks, self.seed, draw)
+        return TensorBatches(tensors, batch_size, shuffle=train, seed=self.seed, draw=draw, **self.replica)
 
 
 class Digits(TensorDataModule):

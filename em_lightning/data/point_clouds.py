@@ -33,8 +33,8 @@ class PointCloudBatch(NamedTuple):
 
 def collate_clouds(clouds: Sequence[PointCloudBatch]) -> PointCloudBatch:
     """Return clouds without a batch axis as one batch, padded with zeros."""
-    columns = zip(*clouds, strict=True)
-    return PointCloudBatch(*(pad_sequence(x, True) if x[0].ndim else torch.stack(x) for x in map(list, columns)))
+    columns = map(list, zip(*clouds, strict=True))
+    return PointCloudBatch(*(pad_sequence(x, batch_first=True) if x[0].ndim else torch.stack(x) for x in columns))
 
 
 def unit_ball(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,9 +60,9 @@ class Shape(NamedTuple):
 
     points: Tensor  # (V, 3), vertices in float64, or points
     faces: Tensor | None = None  # (F, 3) long, rows of the vertices; None for a set of points
-    cumulative_areas: Tensor | None = None  # (F,) float64, of the triangles
-    center: Tensor | None = None  # center and scale of a mesh; of a set they follow from the points to fit
-    scale: Tensor | None = None
+    cumulative_areas: Tensor | None = None  # (F,) float64, the total area of the triangles up to each
+    center: Tensor | None = None  # of a mesh, in the units of the data; those of a set depend on the points to fit
+    scale: Tensor | None = None  # as center
     label: int = 0
 
     @classmethod
@@ -131,42 +131,42 @@ def draw_cloud(
 
     Other arguments: see :class:`PointCloudDataModule`. A set of points is split into halves of at most ``num_points``.
     """
-    drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
-    content, faces, _, center, scale, label = drawn
-    if faces is not None:
-        points = drawn.sample((3 if holes else 2) * num_points, generator)  # holes take up to a third
+    shape = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
+    center, scale = shape.center, shape.scale
+    if shape.faces is not None:
+        points = shape.sample((3 if holes else 2) * num_points, generator)  # holes take up to a third
         points, num_fitted = _cut_holes(points, holes, generator)[: 2 * num_points], num_points
     else:
-        content = _cut_holes(content, holes, generator)
-        order = torch.randperm(len(content), generator=generator)
+        available = _cut_holes(shape.points, holes, generator)
+        order = torch.randperm(len(available), generator=generator)
         num_fitted = min(num_points, (len(order) + 1) // 2)
         # float64 until the points are centered: float32 rounds coordinates far from the origin.
-        points = content[order[: num_fitted + num_points]].double()
+        points = available[order[: num_fitted + num_points]].double()
         center, scale = unit_ball(points[:num_fitted])
         points = ((points - center) / scale).float()
     assert center is not None and scale is not None
     if rotate != "none":
         points = points @ random_rotation(generator, rotate).float().T
     if isinstance(noise, tuple):
-        clean, level = torch.rand(2, generator=generator).tolist()
-        noise = 0.0 if clean < 0.5 else noise[0] ** (1.0 - level) * noise[1] ** level
+        coin, level = torch.rand(2, generator=generator).tolist()
+        noise = 0.0 if coin < 0.5 else noise[0] ** (1.0 - level) * noise[1] ** level
     if noise > 0:
         points = points + noise * torch.randn(points.shape, generator=generator)
     fitted, held_out = points[:num_fitted], points[num_fitted:]
     mask, held_out_mask = (torch.ones(len(part), dtype=torch.bool) for part in (fitted, held_out))
     return PointCloudBatch(
-        fitted, mask, held_out, held_out_mask, center, scale, torch.tensor(label), torch.tensor(index)
+        fitted, mask, held_out, held_out_mask, center, scale, torch.tensor(shape.label), torch.tensor(index)
     )
 
 
-def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Remove 0 to ``most`` balls of points, each with a random share of the points (N, D) up to 1 / (3 ``most``)."""
-    count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
-    for _ in range(count):
+def _cut_holes(points: Tensor, max_holes: int, generator: torch.Generator) -> Tensor:
+    """Remove 0 to ``max_holes`` balls from points (N, D), each with a random share of up to 1 / (3 ``max_holes``)."""
+    num_holes = int(torch.randint(max_holes + 1, (1,), generator=generator)) if max_holes else 0
+    for _ in range(num_holes):
         center = points[torch.randint(len(points), (1,), generator=generator)]
-        largest = 1.0 / 3.0 / most
-        smallest = min(0.05, largest)  # holes of fewer points are hard to see
-        share = smallest + (largest - smallest) * torch.rand(1, generator=generator)
+        max_share = 1.0 / 3.0 / max_holes
+        min_share = min(0.05, max_share)  # holes of fewer points are hard to see
+        share = min_share + (max_share - min_share) * torch.rand(1, generator=generator)
         distance = (points - center).norm(dim=-1)
         points = points[distance > distance.quantile(share.to(distance))]
     return points
@@ -188,9 +188,6 @@ class PointCloudDataModule(SplitDataModule):
             have no density in space, so without jitter the likelihood of a mixture is unbounded.
         holes: largest number of missing regions of a cloud, up to a third of its points together.
         rotate: random rotation of each training cloud: ``"none"``, ``"z"`` (about this axis) or ``"so3"`` (any).
-
-    Raises:
-        ValueError: an argument is out of range.
     """
 
     num_features = 3
@@ -220,7 +217,7 @@ class PointCloudDataModule(SplitDataModule):
         return len(self.class_names)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the shapes of a split and their number, and set ``class_names``."""
+        """Return the shapes of a split and its number of clouds (per epoch), and set ``class_names``."""
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
     def describe(self) -> str:
@@ -231,11 +228,13 @@ class PointCloudDataModule(SplitDataModule):
         return f"{self.source}: {counts} clouds of {self.num_points} points to fit and as many held out{changes}"
 
     def setup(self, stage: str | None = None) -> None:
-        for split in SPLITS if not self.datasets else ():
-            shapes, size = self.shapes(split)
+        if self.datasets:
+            return
+        for split in SPLITS:
+            shapes, num_clouds = self.shapes(split)
             rotate = self.rotate if split == "train" else "none"
             draw = partial(draw_cloud, shapes, self.num_points, self.noise, self.holes, rotate)
-            self.datasets[split] = RandomDataset(draw, size, split, self.seed)
+            self.datasets[split] = RandomDataset(draw, num_clouds, split, self.seed)
 
     def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; center and scale become float32 on devices without float64."""
@@ -246,6 +245,6 @@ class PointCloudDataModule(SplitDataModule):
     def loader(self, split: str) -> ResumableLoader:
         self.setup()
         data = self.datasets[split]
-        sampler = EpochSampler(data, *self.ranks, self.seed) if split == "train" else None
+        sampler = EpochSampler(data, seed=self.seed, **self.replica) if split == "train" else None
         options: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return ResumableLoader(data, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_clouds, **options)

@@ -16,9 +16,9 @@ MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 SUPPORTED = (*MESHES, *TEXTS, ".pcd", ".npy", ".npz")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_NUMBER = rb"[-+]?\.?\d\S*?"
+_NUMBER = rb"[-+]?\.?\d\S*?"  # text that begins as a number
 _THREE_NUMBERS = re.compile(rb"\s*" + _NUMBER + rb"(?:[\s,;]+" + _NUMBER + rb"){2}")
-_MOST_COLUMNS = 12  # x, y, z and up to nine attributes, such as a normal, a color and an intensity
+_MAX_COLUMNS = 12  # x, y, z and up to nine attributes (chosen: a normal, a color and an intensity are seven)
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
@@ -45,18 +45,18 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
 
 def parse_points(content: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
     """Return the points and faces of the content of a file of this name, as :func:`read_points`."""
-    ending = Path(name).suffix.lower()
-    if ending not in SUPPORTED:
-        raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
-    parse = {".pcd": _parse_pcd, ".npy": _parse_array, ".npz": _parse_array}.get(ending, _parse_text)
+    suffix = Path(name).suffix.lower()
+    if suffix not in SUPPORTED:
+        raise ValueError(f"{name}: the suffix must be one of {', '.join(SUPPORTED)}; convert the file")
+    parse = {".pcd": _parse_pcd, ".npy": _parse_array, ".npz": _parse_array}.get(suffix, _parse_text)
     try:
         content = content.removeprefix(_BYTE_ORDER_MARK)
-        points, faces = _parse_mesh(content, ending) if ending in MESHES else (parse(content), None)
+        points, faces = _parse_mesh(content, suffix) if suffix in MESHES else (parse(content), None)
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh raises errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         remedy = "repair the file, leave it out, or export it again"
-        remedy += " with triangles only" if ending in MESHES else ""
+        remedy += " with triangles only" if suffix in MESHES else ""
         raise ValueError(f"{name}: {kind}{error}; {remedy}") from error
 
 
@@ -88,11 +88,11 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
     return points, faces if faces is not None and len(faces) else None
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
+def _check_shape(shape: tuple[int, ...], max_columns: int = _MAX_COLUMNS) -> None:
     """Raise ValueError for fewer than 3 columns, or if columns seem to be the points: few rows and many columns."""
     if len(shape) != 2 or shape[1] < 3:
         raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
-    if 3 <= shape[0] <= _MOST_COLUMNS < shape[1]:
+    if 3 <= shape[0] <= max_columns < shape[1]:
         raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
 
 
@@ -104,11 +104,10 @@ def _parse_array(data: bytes) -> Points:
             if len(names) > 1 and "points" not in names:
                 raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
             array = np.asarray(array[names[0] if len(names) == 1 else "points"])
-    except Exception as error:  # of any class, as NumPy evaluates the header as Python
+    except Exception as error:  # NumPy evaluates the header as Python, which may raise errors of any type
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
-    _check_shape(array.shape)
-    if len(array) == 3 < array.shape[1]:  # three points with attributes are less likely than points in columns
-        raise ValueError(f"the array has shape {array.shape}, but points must be rows, (N, 3) or wider; transpose it")
+    # Of an array, points in columns are more likely than three points with attributes.
+    _check_shape(array.shape, max_columns=3 if array.shape[:1] == (3,) else _MAX_COLUMNS)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
     return np.array(array[:, :3], dtype=np.float64)
@@ -160,18 +159,18 @@ def _parse_text(data: bytes) -> Points:
     return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
 
 
-def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
+def _parse_mesh(data: bytes, suffix: str) -> tuple[Points, Faces]:
     import trimesh
 
     prepare = {".off": _prepare_off, ".ply": _prepare_ply, ".obj": _prepare_obj}
-    content = io.BytesIO(prepare[ending](data) if ending in prepare else data)
-    scene: Any = trimesh.load_scene(content, file_type=ending[1:], process=False, skip_materials=True)
+    content = io.BytesIO(prepare[suffix](data) if suffix in prepare else data)
+    scene: Any = trimesh.load_scene(content, file_type=suffix[1:], process=False, skip_materials=True)
     points, faces = np.empty((0, 3)), np.empty((0, 3), dtype=np.int64)
     for part in scene.dump():
-        corners = np.asarray(getattr(part, "faces", faces[:0]), dtype=np.int64).reshape(-1, 3)
-        faces = np.concatenate([faces, corners + len(points)])
+        faces_of_part = np.asarray(getattr(part, "faces", []), dtype=np.int64).reshape(-1, 3)  # a point cloud has none
+        faces = np.concatenate([faces, faces_of_part + len(points)])
         points = np.concatenate([points, part.vertices])
-    if ending == ".stl" and data.count(b"vertex ") > len(points):
+    if suffix == ".stl" and data.count(b"vertex ") > len(points):
         raise ValueError(f"of {data.count(b'vertex ')} lines of vertices only {len(points)} hold three numbers")
     return points, faces
 

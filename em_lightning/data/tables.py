@@ -74,14 +74,15 @@ class Table:
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
             if not self.parts or not path.exists():
                 raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files")
-        self._found: dict[Path, tuple[tuple[int, ...], np.dtype[Any], int]] = {}  # shape, type and time at the start
+        # Shape, dtype and time of the last change of each file at the start.
+        self._initial: dict[Path, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
                 place = "" if isinstance(part, Tensor) else f" in {part.name}"
                 rule = "(N,)" if ndim == 1 else "(N, D) with the same D in all shards"
                 raise ValueError(f"{name} has shape {shape}{place}, which must be {rule}")
-        self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
+        self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]  # first row of each part; total of rows
         self.shape = (self.starts[-1], *shapes[0][1:])
         if not all(self.shape):
             raise ValueError(f"{name} has shape {self.shape}, which must have at least one row and one column")
@@ -95,13 +96,13 @@ class Table:
             raise ValueError(f"{self.name}: {path} {problem}; every rank must be able to read all shards")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # of any class, as NumPy evaluates the header as Python
+        except Exception as error:  # NumPy evaluates the header as Python, which may raise errors of any type
             rule = "is not a plain NumPy array; write it with numpy.save"
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
         now = array.shape, array.dtype, path.stat().st_mtime_ns
-        shape, dtype, time = self._found.setdefault(path, now)
+        shape, dtype, time = self._initial.setdefault(path, now)
         if now != (shape, dtype, time):
             raise ValueError(
                 f"{self.name}: {path} was written during the run: it was {dtype} of shape {shape} at the start and is "
@@ -118,9 +119,10 @@ class Table:
         return torch.from_numpy(np.array(array[rows if isinstance(rows, slice) else rows.numpy()], dtype, order="C"))
 
     def to(self, device: torch.device) -> Table:
-        """Return a table of a copy of all rows on a device."""
-        blocks = (self.rows(first, min(first + 2**16, len(self))) for first in range(0, len(self), 2**16))
-        return Table(torch.cat([block.to(device) for block in blocks]), len(self.shape), self.name)
+        """Return a table of a copy of all rows on a device, copied in blocks to bound the memory of the host."""
+        block_rows = 2**16  # chosen, not measured
+        blocks = [self.rows(first, first + block_rows).to(device) for first in range(0, len(self), block_rows)]
+        return Table(torch.cat(blocks), ndim=len(self.shape), name=self.name)
 
     def locate(self, row: int) -> str:
         """Return the name of the shard that holds a row, and the number of the row in it."""
@@ -129,7 +131,7 @@ class Table:
         return f"row {row - self.starts[shard]} of {self.name if isinstance(part, Tensor) else part}"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows ``start`` to ``stop`` - 1: a view of a tensor in memory, a copy of rows in files."""
+        """Return rows ``start`` to ``stop`` - 1 or the last: a view of a tensor in memory, a copy of rows in files."""
         blocks = []
         for part, first, end in zip(self.parts, self.starts, self.starts[1:], strict=False):
             if max(start, first) < min(stop, end):
@@ -189,7 +191,7 @@ class TableBlocks(RankLoader):
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def keep_on(self, device: torch.device) -> None:
-        """Copy all rows to a GPU, unless they take over a third of its free memory: the rest is for other tensors."""
+        """Copy all rows to a GPU, if they take at most a third of its free memory (chosen, to leave room for EM)."""
         parts = [self.table] if self.weights is None else [self.table, self.weights]
         if sum(len(part) * part.rows(0, 1).nbytes for part in parts) <= torch.cuda.mem_get_info(device)[0] / 3:
             self.table = self.table.to(device)
@@ -242,9 +244,6 @@ class TabularDataModule(SplitDataModule):
         block_rows: rows per block and rank.
         shuffle: whether to draw a new order of the training blocks in every epoch.
 
-    Raises:
-        ValueError: an argument is out of range, or a file cannot be read.
-
     Example:
         >>> data = TabularDataModule(torch.randn(100, 3), block_rows=40)
         >>> [len(points) for points, weights in data.train_dataloader()]
@@ -270,12 +269,12 @@ class TabularDataModule(SplitDataModule):
             return
         tables = {"train": Table(self.data)}
         if self.weights is not None:
-            tables["weights"] = Table(self.weights, 1, "weights")
+            tables["weights"] = Table(self.weights, ndim=1, name="weights")
         if self.held_out is not None:
-            tables["held_out"] = Table(self.held_out, 2, "held_out")
+            tables["held_out"] = Table(self.held_out, name="held_out")
             if tables["held_out"].shape[1] != tables["train"].shape[1]:
                 shapes = f"{tables['held_out'].shape} and {tables['train'].shape}"
-                raise ValueError(f"held_out and data must have equal widths, got shapes {shapes}")
+                raise ValueError(f"held_out and data must have equal numbers of columns, got shapes {shapes}")
         self.tables = tables
 
     @property
@@ -294,10 +293,10 @@ class TabularDataModule(SplitDataModule):
         """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or the ``whole`` table in order."""
         self.setup()
         train = split == "train"
-        ranks = (1, 0) if whole else self.ranks
         weights = self.tables.get("weights") if train else None
         shuffle = self.shuffle and train and not whole
-        return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
+        replica = {} if whole else self.replica
+        return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, seed=self.seed, **replica)
 
     def loader(self, split: str) -> TableBlocks:
         blocks = self.blocks("train" if split == "train" or self.held_out is None else "held_out")

@@ -43,11 +43,11 @@ class Moments(NamedTuple):
         """
         std = self.std() + eps
         standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
-        diagonal = self.variance / std.square()
+        diagonal = self.variance / std.square()  # of the matrix of correlations: below 1 because of eps
         num_items, num_units = standardized.shape
         if self.weights is not None or num_items >= num_units or is_distributed():
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
-        # Z Z^T (N, N) is smaller than Z^T Z (D, D) and has the same Frobenius norm.
+        # For standardized items Z (N, D), Z Z^T is smaller than Z^T Z and has the same Frobenius norm.
         with torch.autocast(standardized.device.type, enabled=False):
             similarity = standardized @ standardized.T
         return similarity.square().sum() - diagonal.square().sum()

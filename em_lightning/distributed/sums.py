@@ -24,9 +24,9 @@ class _GlobalSum(torch.autograd.Function):
 def global_sum(values: Tensor) -> Tensor:
     r"""Sum a tensor elementwise over the ranks; without a process group, return it unchanged.
 
-    The backward pass sums over the ranks as well. Let :math:`S = \sum_r s_r(\theta)`, and let each of the W ranks
-    compute the whole loss :math:`L(S)`. Then :math:`s_r` receives the gradient :math:`W \, dL/dS`. Data-parallel
-    training averages gradients over the ranks, which gives the gradient of one process that sees the whole batch:
+    The backward pass sums over the ranks as well. Let :math:`S = \sum_r s_r(\theta)` be the sum over the ranks r, and
+    let each of the W ranks compute the whole loss :math:`L(S)`. Then :math:`s_r` receives the gradient
+    :math:`W \, dL/dS`. The mean over ranks, which data-parallel training takes, is the gradient of the whole batch:
 
     .. math:: \frac{1}{W} \sum_r W \frac{dL}{dS} \frac{ds_r}{d\theta} = \frac{dL}{d\theta}.
 

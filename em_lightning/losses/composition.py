@@ -24,9 +24,10 @@ class EMLoss(nn.Module):
     maps names to weights and may be changed between steps; terms of weight 0 are not computed.
 
     Args:
-        free_energy, variance, decorrelation: weights of the free energy, and against dead and redundant units.
-        reduction: "sum" or "mean" of the free energy over the items of the global batch. They train
-            differently: "mean" divides the free energy, but not volume control, by the batch size.
+        free_energy, variance, decorrelation: weights of the free energy, and of the terms against dead units and
+            against redundant units.
+        reduction: "sum" or "mean" of the free energy over the items of the global batch. The two train differently:
+            "mean" divides the free energy, but not volume control, by the batch size.
         dim: axis of the units, for instance 1 for the channels of a feature map.
         **terms: further terms, named by their keys in ``LOSSES`` and given as above.
 
@@ -82,8 +83,8 @@ class EMLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Return each term times its weight, by name; their sum is the loss.
 
-        Arguments are those of :meth:`EnergyLoss.forward`, and the weight (D, ...) of the layer that computes the
-        energies, which ``weight_redundancy`` needs.
+        ``weights`` are those of items, see :meth:`EnergyLoss.forward`. ``weight_matrix`` is the weight (D, ...) of the
+        layer that computes the energies; ``weight_redundancy`` needs it.
         """
         energies = energies.movedim(self.dim, -1)
         moments = None

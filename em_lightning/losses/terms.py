@@ -1,9 +1,9 @@
 """The loss terms: free energy and volume control, each a scalar function of a batch of energies or a weight matrix.
 
-Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
-energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over
-its ranks, and gradients equal those of a single process; call losses on every rank. All terms are computed and
-returned in float32 or float64, under autocast as well. A diverging run reports inf or NaN.
+Letters: N items (all axes but that of the units), D units, d_nj the energy of item n and unit j. Energies are the
+post-activation outputs of a layer: low energy wins. Batch statistics are those of the global batch under any
+distributed strategy that averages gradients over its ranks, and gradients equal those of a single process; call losses
+on every rank. Terms are computed in float32 or float64, even under autocast. A diverging run reports inf or NaN.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class FreeEnergyLoss(EnergyLoss):
 
 @LOSSES.register("variance")
 class VarianceLoss(MomentLoss):
-    r"""The published term against dead units, :math:`-\sum_j \log(\mathrm{Var}(d_j) + \epsilon)`.
+    r"""The term of arXiv 2601.06478 against dead units, :math:`-\sum_j \log(\mathrm{Var}(d_j) + \epsilon)`.
 
     The variance is unbiased; for fewer than two items it is 0 with gradient 0. ``eps`` :math:`\epsilon` keeps the
     logarithm of a constant unit finite. Scaling up the energies decreases the term without bound;
@@ -101,8 +101,6 @@ class VarianceLoss(MomentLoss):
     Example:
         >>> VarianceLoss()(torch.tensor([[0.0], [2.0]])) == -torch.tensor(2.0 + 1e-6).log()
         tensor(True)
-
-    Source: Oursland, arXiv 2601.06478.
     """
 
     def from_moments(self, moments: Moments) -> Tensor:
@@ -113,10 +111,9 @@ class VarianceLoss(MomentLoss):
 class BoundedVarianceLoss(MomentLoss):
     r"""A non-negative term against dead units, :math:`\sum_j \log(1 + \tau / (\mathrm{Var}(d_j) + \epsilon))`.
 
-    Far below the target, value and gradient equal those of ``VarianceLoss`` (up to the constant
-    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`: scaling up is useless.
-
     ``target`` :math:`\tau` is the variance above which the term becomes flat, such as the square of the temperature.
+    Far below it, the gradient equals that of ``VarianceLoss``, and the value differs by the constant
+    :math:`D \log \tau`. Far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`: scaling up is useless.
 
     Example:
         >>> loss = BoundedVarianceLoss(target=2.0)
@@ -134,16 +131,14 @@ class BoundedVarianceLoss(MomentLoss):
 
 @LOSSES.register("decorrelation")
 class DecorrelationLoss(MomentLoss):
-    r"""The term against redundant units, :math:`\sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`.
+    r"""The term of arXiv 2601.06478 against redundant units, :math:`\sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`.
 
     The correlation is the unbiased covariance over :math:`(\sigma_i + \epsilon)(\sigma_j + \epsilon)`, with unbiased
-    standard deviations and ``eps`` :math:`\epsilon`, 1e-8 as published, so a constant unit contributes 0.
+    standard deviations :math:`\sigma` and ``eps`` :math:`\epsilon`, 1e-8 as published. A constant unit contributes 0.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)
         tensor(2.)
-
-    Source: Oursland, arXiv 2601.06478.
     """
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
@@ -157,9 +152,8 @@ class DecorrelationLoss(MomentLoss):
 class LogDetLoss(MomentLoss):
     r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`.
 
-    With R the correlation, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. The last term is at
-    least 0 (Hadamard's inequality) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss
-    combines variance and decorrelation.
+    With correlations R, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. To second order,
+    :math:`-\log\det R = \frac12 \sum_{i \ne j} R_{ij}^2`. The loss therefore combines variance and decorrelation.
 
     ``eps`` is added to the diagonal. With no more items than units the matrix is singular and eps determines the value.
 
@@ -171,7 +165,7 @@ class LogDetLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         matrix = moments.covariance()
-        # Eigenvalues, as Cholesky fails if round-off makes a matrix indefinite. Float64, as logarithms cancel near 0.
+        # Eigenvalues, as Cholesky fails if round-off makes a matrix indefinite; float32 would make small ones inexact.
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
         return -(spectrum + self.eps).log().sum().to(matrix.dtype)
 
@@ -180,8 +174,8 @@ class LogDetLoss(MomentLoss):
 class BalanceLoss(EnergyLoss):
     r"""The term against unused units, :math:`\mathrm{KL}(\bar r \,\|\, \mathrm{uniform}) = \log D - H(\bar r)`.
 
-    :math:`\bar r` is the mean over the global batch of the responsibilities of a softmin with ``temperature``. The loss
-    ranges from 0 (equal shares) to log D.
+    :math:`\bar r` is the mean over the global batch of the responsibilities of a softmin with ``temperature``, and H
+    the entropy. The loss ranges from 0 (equal shares) to log D.
 
     Example:
         >>> BalanceLoss()(torch.tensor([[0.0, 50.0], [50.0, 0.0]])).abs() < 1e-6
@@ -201,7 +195,7 @@ class BalanceLoss(EnergyLoss):
 
 @LOSSES.register("weight_redundancy")
 class WeightRedundancyLoss(nn.Module):
-    r"""The term against units with similar weights, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)` over the rows of a matrix.
+    r"""The term against units with similar weights, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)` over rows w of a matrix.
 
     Example:
         >>> WeightRedundancyLoss()(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))

@@ -21,7 +21,7 @@ class Float64Metric(Metric):
     _accumulate: Callable[..., None]  # adds the states of another metric
 
     def _apply(self, fn: Callable, exclude_state: Any = "") -> Any:
-        # Overridden as in torchmetrics itself: there is no public hook, and `.to("mps")` of a float64 state raises.
+        # torchmetrics overrides _apply too: there is no public hook, and `.to("mps")` of a float64 state raises.
         device = fn(torch.empty(0, device=self.device)).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return super()._apply(lambda state: state.to(device, dtype), exclude_state)
@@ -44,11 +44,11 @@ class MeanOfItems(Float64Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Weighted sum, sum of weights, and NaN: a MetricCollection would merge metrics with equal first sums.
+        # Weighted sum, sum of weights, and NaN, which equals nothing: MetricCollection merges metrics of equal states.
         self.add_state("sums", torch.tensor([0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        items, weights = flatten_units(values[..., None], -1, mask, weights)
+        items, weights = flatten_units(values[..., None], mask=mask, weights=weights)
         items = items[:, 0].to(self.sums.dtype)
         weights = torch.ones_like(items) if weights is None else weights.to(items.dtype)
         self._accumulate(torch.stack([weights @ items, weights.sum(), torch.zeros_like(weights.sum())]))

@@ -13,7 +13,7 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 
 
 class L0(MeanOfItems):
-    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; 0.01 in arXiv 2601.06478.
+    r"""Mean number per item of units j with activation :math:`a_j >` ``threshold``, which is 0.01 in arXiv 2601.06478.
 
     Example:
         >>> metric = L0()
@@ -95,9 +95,9 @@ class Redundancy(UnitMoments):
 
 
 class EffectiveRank(UnitMoments):
-    r"""Effective rank of the units' covariance, :math:`\exp H(p)` with its normalized eigenvalues p: from 1 to D.
+    r"""Effective rank of the units' covariance, :math:`\exp H(p)`: from 1 to D, or 0 if all units are constant.
 
-    It is 0 if all units are constant.
+    H is the entropy, and p are the eigenvalues of the covariance divided by their sum.
 
     Example:
         >>> metric = EffectiveRank()

@@ -11,7 +11,7 @@ from em_lightning.metrics.base import MeanOfItems
 
 
 class MixtureLogLikelihood(MeanOfItems):
-    r"""Mean log-likelihood per point, :math:`\sum_{bn} w_{bn} \log p(x_{bn}) / \sum_{bn} w_{bn}`, in nats.
+    r"""Weighted mean log-likelihood per point, :math:`\sum_{bn} w_{bn} \log p(x_{bn}) / \sum_{bn} w_{bn}`, in nats.
 
     Example:
         >>> metric = MixtureLogLikelihood()

@@ -36,9 +36,6 @@ class EMModule(lightning.LightningModule):
             skipped. ``None`` skips no step. Skipping limits the effect of single sets with a very large loss.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another one, override ``configure_optimizers``.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> class Regression(EMModule):
         ...     def __init__(self, **options):
@@ -75,7 +72,8 @@ class EMModule(lightning.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint with ``weights_only=True`` unless given; errors are those of :func:`read_checkpoint`."""
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
-            (check_archive if kwargs.get("weights_only") is False else read_checkpoint)(checkpoint_path)
+            check = check_archive if kwargs.get("weights_only") is False else read_checkpoint
+            check(checkpoint_path)  # for its errors
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
@@ -135,8 +133,8 @@ class EMModule(lightning.LightningModule):
             return True
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # As in Lightning's loggers. In manual optimization global_step counts the steps of all optimizers.
-        done = trainer.global_step if self.automatic_optimization else trainer.fit_loop.total_batch_idx
-        return trainer.is_last_batch or (every > 0 and (done + 1) % every == 0)
+        steps = trainer.global_step if self.automatic_optimization else trainer.fit_loop.total_batch_idx
+        return trainer.is_last_batch or (every > 0 and (steps + 1) % every == 0)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         has_one = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -164,18 +162,18 @@ class EMModule(lightning.LightningModule):
     def _one_cycle(self, step: int) -> float:
         """Return the factor of the learning rate: a cosine up over 30 % of the run, then a cosine down to 0."""
         # At step 0 estimated_stepping_batches would create the data loader before the checkpoint is restored.
-        done = step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
-        if done < _WARM_UP_FRACTION:
-            return _INITIAL_FACTOR + (1 - _INITIAL_FACTOR) * (1 - math.cos(math.pi * done / _WARM_UP_FRACTION)) / 2
-        return (1 + math.cos(math.pi * min((done - _WARM_UP_FRACTION) / (1 - _WARM_UP_FRACTION), 1.0))) / 2
+        progress = step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0  # fraction of the run
+        if progress < _WARM_UP_FRACTION:
+            return _INITIAL_FACTOR + (1 - _INITIAL_FACTOR) * (1 - math.cos(math.pi * progress / _WARM_UP_FRACTION)) / 2
+        return (1 + math.cos(math.pi * min((progress - _WARM_UP_FRACTION) / (1 - _WARM_UP_FRACTION), 1.0))) / 2
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of the optimizer; override it for several learning rates."""
         return [{"params": list(self.parameters())}]
 
     def configure_optimizers(self) -> Any:
-        # The fused implementation is the fastest on CPUs. On GPUs it forbids gradient clipping under mixed precision;
-        # there None lets PyTorch choose, while False would also turn off foreach.
+        # The fused implementation is the fastest on CPUs. On GPUs it forbids gradient clipping under mixed precision:
+        # fused=None lets PyTorch choose another one there, while False would also turn off the foreach implementation.
         options: Any = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu" or None}
         kind = torch.optim.SGD if self.optimizer == "sgd" else torch.optim.AdamW  # Adam, with decoupled decay
         optimizer = kind(self.parameter_groups(), **options)

@@ -30,14 +30,14 @@ from em_lightning.operators.base import build
 class GaussianMixtureModule(EMModule):
     r"""Fit one Gaussian mixture to a data set of any size, on any number of processes.
 
-    Two methods maximize :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)`:
+    Two methods maximize :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)` for rows x with weights w:
 
     - ``"em"``: an epoch is an exact EM iteration. Each block of rows adds its sufficient statistics
-      :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]`; after the last block of the epoch they are summed over ranks,
-      and the M-step follows. The run stops when the log-likelihood per point changes by less than ``tol``.
-    - ``"stochastic"``: an M-step after every block, on running statistics
-      :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + 1)^{-\alpha}`, for data
-      so large that less than one pass suffices.
+      :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]` with responsibilities r. After the last block of the epoch they
+      are summed over ranks, and the M-step follows.
+    - ``"stochastic"``: an M-step after every block t = 0, 1, ... with statistics :math:`\hat s_t`, on running
+      statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, :math:`\gamma_t = (t + 1)^{-\alpha}`. It is
+      for data so large that less than one pass suffices.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
     epoch with the same mixture; with ``"em"`` it does not depend on their number. A checkpoint within an epoch holds
@@ -86,7 +86,7 @@ class GaussianMixtureModule(EMModule):
     change: Tensor  # of the log-likelihood, in the last epoch
     iterations: Tensor  # number of finished epochs
     started: Tensor  # whether there is an initial mixture
-    sums: Tensor
+    sums: Tensor  # of this rank in this epoch: log-likelihood, mass and flattened statistics; see _parts
     running: Tensor  # flattened statistics s of stochastic EM
     blocks_seen: Tensor  # t of stochastic EM
 
@@ -123,7 +123,7 @@ class GaussianMixtureModule(EMModule):
         self.seed = seed
         options: dict[str, Any] = {"covariance": covariance, "covariance_floor": covariance_floor, "residual": False}
         options |= {"init": init, "seed": None if init == "farthest" else seed}  # farthest-point starts draw nothing
-        options |= {"num_starts": num_starts, "num_iters": 5}  # after which the best of several starts is chosen
+        options |= {"num_starts": num_starts, "num_iters": 5}  # before the best start is chosen; 5 was not measured
         self._make_operator = functools.partial(EMOperator, num_components, num_features, **options)
         self._make_operator()  # checks the arguments
         self.prior = build("prior", MixturePrior, prior)
@@ -138,9 +138,8 @@ class GaussianMixtureModule(EMModule):
         self.register_buffer("change", ones.new_tensor(math.inf))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
         size = self._zero_statistics.flatten().numel()
-        self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)
+        self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)  # a checkpoint has those of all ranks
         if method == "stochastic":
             self.register_buffer("running", ones.new_zeros(size))
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
@@ -187,18 +186,18 @@ class GaussianMixtureModule(EMModule):
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                mixture, *moments = initial_mixture(rows, self._make_operator())
-                start = (tuple(mixture.parameters()), *moments)
-            parts, center, variance = self.trainer.strategy.broadcast(start)
-            self.start_from(Mixture(*parts), center, variance)
+                mixture, center, variance = initial_mixture(rows, self._make_operator())
+                start = (tuple(mixture.parameters()), center, variance)
+            parameters, center, variance = self.trainer.strategy.broadcast(start)
+            self.start_from(Mixture(*parameters), center, variance)
         self.sums.zero_()
-        sums, self._restored = self._restored, None
-        if sums is None or not self.trainer.ckpt_path or not sums.any():  # a new run, or one from the end of an epoch
-            return
-        if len(sums) != self.trainer.world_size:
-            saved, size = f"written within an epoch by {len(sums)} processes", self.trainer.world_size
+        sums_of_ranks, self._restored = self._restored, None
+        if sums_of_ranks is None or not self.trainer.ckpt_path or not sums_of_ranks.any():
+            return  # a new run, or one from the end of an epoch
+        if len(sums_of_ranks) != self.trainer.world_size:
+            saved, size = f"written within an epoch by {len(sums_of_ranks)} processes", self.trainer.world_size
             raise ValueError(f"the checkpoint was {saved} and must be resumed by the same number, got {size}")
-        self.sums.copy_(sums[self.trainer.global_rank])
+        self.sums.copy_(sums_of_ranks[self.trainer.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count the epoch after a resume from the last batch of an epoch, which Lightning 2.6 does not count itself."""
@@ -226,16 +225,15 @@ class GaussianMixtureModule(EMModule):
     def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per point."""
         statistics = self._streamed.e_step(rows.points, self.mixture, rows.weights)
-        block = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
-        self.sums += block
-        if self.method == "em":
-            return _loss(*block[:2])
-        block = global_sum(block)
-        log_likelihood, mass = block[:2]
-        if mass > 0:  # skip blocks in which all rows have weight zero
-            share = float(self.blocks_seen + 1) ** -self.step_exponent
-            # A prior's strength is relative to the mass of the whole data set.
-            self.running.lerp_(block[2:] * num_blocks, share)
+        sums = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
+        self.sums += sums
+        if self.method == "stochastic":
+            sums = global_sum(sums)
+        log_likelihood, mass, flattened = _parts(sums)
+        if self.method == "stochastic" and mass > 0:  # skip blocks in which all rows have weight zero
+            step_size = float(self.blocks_seen + 1) ** -self.step_exponent
+            # The statistics of a whole epoch of such blocks: the prior's strength is relative to the whole data set.
+            self.running.lerp_(flattened * num_blocks, step_size)
             self.blocks_seen += 1
             self._maximize(self.running)
         return _loss(log_likelihood, mass)
@@ -243,13 +241,12 @@ class GaussianMixtureModule(EMModule):
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Set the log-likelihood per point, over all ranks, and its change; for full-batch EM, run the M-step."""
-        total = global_sum(self.sums)
-        log_likelihood, mass = total[:2]
+        log_likelihood, mass, flattened = _parts(global_sum(self.sums))
         mean = log_likelihood / mass
         if not torch.isfinite(mean):
             raise ValueError(f"the log-likelihood is {float(mean)}: the data have NaN, infinity or only weights of 0")
         if self.method == "em":
-            self._maximize(total[2:])
+            self._maximize(flattened)
         self.change.copy_((mean - self.log_likelihood).abs())
         self.log_likelihood.copy_(mean)
         self.iterations += 1
@@ -264,10 +261,10 @@ class GaussianMixtureModule(EMModule):
     def _zero_statistics(self) -> SufficientStatistics:
         return self._streamed.zeros(self.mixture.components)
 
-    def _maximize(self, statistics: Tensor) -> None:
-        sums = self._zero_statistics.unflatten(statistics)
-        mixture = self._streamed.m_step(sums, self.mixture, self.covariance_floor, self.prior, self.variance)
-        self._assign(mixture)
+    def _maximize(self, flattened: Tensor) -> None:
+        statistics = self._zero_statistics.unflatten(flattened)
+        options: Any = {"floor": self.covariance_floor, "prior": self.prior, "variance": self.variance}
+        self._assign(self._streamed.m_step(statistics, self.mixture, **options))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
@@ -300,8 +297,9 @@ class GaussianMixtureModule(EMModule):
         return self.mixture.log_prob(points.unsqueeze(0)).squeeze(0)
 
     def on_test_epoch_end(self) -> None:
-        total, mass, _ = global_sum(self.metrics_of("test")["log_likelihood"].sums).tolist()
-        criteria = information_criteria(self.mixture, total, mass)
+        sums = self.metrics_of("test")["log_likelihood"].sums  # of MeanOfItems: weighted sum, sum of weights, NaN
+        log_likelihood, mass, _ = global_sum(sums).tolist()
+        criteria = information_criteria(self.mixture, log_likelihood, mass)
         self.log_dict({"test/bic": criteria.bic, "test/aic": criteria.aic}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -315,6 +313,11 @@ class GaussianMixtureModule(EMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
+
+
+def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-likelihood, the mass and the flattened statistics in the layout of ``sums``."""
+    return sums[0], sums[1], sums[2:]
 
 
 def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:

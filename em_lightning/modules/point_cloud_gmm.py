@@ -20,17 +20,17 @@ from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
 from em_lightning.operators.base import check_sets
 
-# A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
+# A weak prior (chosen, not measured): it matters only after the correction multiplies its pseudo-counts by factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
 # Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far points do
 # not dominate the gradient. With the pretrained model, 0.7 % of points (clouds of 64) or 0.05 % (1,024) lie below it.
 _LOG_DENSITY_LIMIT = -6.0
-# A training batch is cut into at most so many clouds with so many held-out points each, for its time and memory.
-_MAX_CLOUDS, _MAX_HELD_OUT = 64, 256
-# Batches of smaller clouds converge sooner and get proportionally fewer classical iterations, but at least 20.
-_FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
-# Clouds are rescaled if half of their longest side, rounded up to a power of two, is below the first or above the last.
-# At half scale, validation clouds lose up to 0.1 nats per point (0.2 without noise; pretrained model), enlarged none.
+# Largest numbers of pieces per training batch that is cut and of held-out points per piece, to limit time and memory.
+_MAX_PIECES, _MAX_HELD_OUT = 64, 256  # chosen, not measured
+# With n < 256 points in the largest cloud of a batch, EM converges sooner: classical iterations are in proportion to n.
+_FULL_SIZE, _MIN_EXACT_ITERS = 256, 20  # chosen, not measured
+# Clouds are rescaled if half of their longest side, rounded up to a power of two, is below 0.5 or above 8. Unscaled
+# validation clouds of half the size lost up to 0.1 nats per point (0.2 without noise; pretrained model), larger none.
 _LEAST_SCALE, _MOST_SCALE = 0.5, 8.0
 
 
@@ -135,7 +135,7 @@ class PointCloudGMM(EMModule):
         points, unscale = self._scaled(points, mask)
         for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
             yield unscale(mixture)
-        yield from map(unscale, list(self.operator.iterate(points, mask, init=mixture))[1:])
+        yield from map(unscale, list(self.operator.iterate(points, mask, init=mixture))[1:])  # without their start
 
     def _scaled(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[Mixture], Mixture]]:
         """Divide clouds of unusual extent by a power of two near it; also return the function that undoes this."""
@@ -169,11 +169,13 @@ class PointCloudGMM(EMModule):
         """Cut each cloud into equally many disjoint clouds of one random size; further points are left out."""
         num_clouds, most_points = batch.mask.shape
         least_points = min(least_points, most_points)
-        # Log-uniform sizes have the exponent 1. A smaller one makes large sizes, which give fewer clouds, more likely.
+        # Log-uniform sizes have the exponent 1. A smaller one (0.75 is chosen, not measured) makes large sizes more
+        # likely, as they give fewer pieces.
         size = round(least_points * (most_points / least_points) ** float(torch.rand(()) ** 0.75))
-        pieces = max(min(most_points // size, _MAX_CLOUDS // num_clouds), 1)  # of each cloud
-        points, mask = (part[:, : pieces * size].unflatten(1, (pieces, size)).flatten(0, 1) for part in batch[:2])
-        held_out, held_out_mask = (part[:, :_MAX_HELD_OUT].repeat_interleave(pieces, 0) for part in batch[2:4])
+        pieces = max(min(most_points // size, _MAX_PIECES // num_clouds), 1)  # of each cloud
+        to_fit, to_score = (batch.points, batch.mask), (batch.held_out, batch.held_out_mask)
+        points, mask = (part[:, : pieces * size].unflatten(1, (pieces, size)).flatten(0, 1) for part in to_fit)
+        held_out, held_out_mask = (part[:, :_MAX_HELD_OUT].repeat_interleave(pieces, 0) for part in to_score)
         return batch._replace(points=points, mask=mask, held_out=held_out, held_out_mask=held_out_mask)
 
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:

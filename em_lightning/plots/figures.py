@@ -36,7 +36,7 @@ def mixture_grid(
     point_colors = (mixture.posterior(points).responsibilities @ colors).clamp(0, 1)
     projection = {} if points.shape[-1] == 2 else {"projection": "3d", "box_aspect": (1, 1, 1)}
     columns = min(len(points), 4)
-    rows = -(-len(points) // columns)
+    rows = -(-len(points) // columns)  # rounded up
     figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)  # so that the figure can be drawn
     ax: Any

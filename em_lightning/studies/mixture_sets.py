@@ -90,7 +90,7 @@ class MixtureSets(SplitDataModule):
         num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
         batch = partial(self._batch, num_sets, self.train_held_out if train else self.held_out)
         batches = RandomDataset(batch, math.ceil(num_sets / self.batch_size), split, self.seed)
-        sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
+        sampler = EpochSampler(batches, seed=self.seed, **self.replica) if train else None
         return ResumableLoader(batches, batch_size=None, sampler=sampler)
 
     def _batch(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:

@@ -24,8 +24,8 @@ from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.kernels import Kernel
 
-_N, _K = 5, 3  # numbers of items and centers in the tests of kernels
-_TOLERANCE = 1e-10  # tolerance of the identities of competition operators
+_NUM_ITEMS, _NUM_CENTERS = 5, 3  # in the tests of kernels
+_TOLERANCE = 1e-10  # of the identities of competition operators
 
 
 class ModuleContract:
@@ -128,13 +128,13 @@ class KernelContract(ModuleContract):
         return torch.cat(self.draw(self.num_features[-1]))
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        return (module(x[:_N], x[_N:]),)
+        return (module(x[:_NUM_ITEMS], x[_NUM_ITEMS:]),)
 
     def draw(self, num_features: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Return normal random items (5, D) and centers (3, D)."""
         generator = torch.Generator().manual_seed(num_features)
-        x = 1.5 * torch.randn(_N, num_features, generator=generator, dtype=torch.float64)
-        centers = torch.randn(_K, num_features, generator=generator, dtype=torch.float64)
+        x = 1.5 * torch.randn(_NUM_ITEMS, num_features, generator=generator, dtype=torch.float64)
+        centers = torch.randn(_NUM_CENTERS, num_features, generator=generator, dtype=torch.float64)
         return x.to(dtype), centers.to(dtype)
 
     def quadrature(self, center: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,19 +145,20 @@ class KernelContract(ModuleContract):
         """
         powers = [2.0**k for k in range(-1, 1 + math.ceil(math.log2(self.reach)))]
         edges = torch.tensor(sorted({0.0, *self.kinks, *powers})).double()
+        # Ten nodes per interval (chosen) make the integrals of the library's kernels exact to the 1e-6 of the test.
         roots, root_weights = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(10))
         half_widths = edges.diff().unsqueeze(-1) / 2
         distances = (edges[:-1].unsqueeze(-1) + half_widths * (1 + roots)).flatten()
         weights = (half_widths * root_weights).flatten().repeat(2)  # of one axis, for both directions
         offsets = torch.cat([-distances, distances])
-        grid = torch.cartesian_prod(*[torch.arange(len(offsets))] * len(center)).reshape(-1, len(center))
-        for index in grid.split(2**16):
-            yield center + offsets[index], weights[index].prod(-1)
+        node_indices = torch.cartesian_prod(*[torch.arange(len(offsets))] * len(center)).reshape(-1, len(center))
+        for indices in node_indices.split(2**16):  # blocks that fit into memory
+            yield center + offsets[indices], weights[indices].prod(-1)
 
     def cases(self) -> Iterator[tuple[Kernel, Tensor, Tensor]]:
         """Yield kernel, items and centers in float64 for each number of features."""
-        for size in self.num_features:
-            yield (self.make(size).double(), *self.draw(size))
+        for num_features in self.num_features:
+            yield (self.make(num_features).double(), *self.draw(num_features))
 
     def test_energies_are_the_formula(self) -> None:
         for kernel, x, centers in self.cases():
@@ -167,10 +168,10 @@ class KernelContract(ModuleContract):
 
     def test_leading_dimensions_broadcast(self) -> None:
         for kernel, x, centers in self.cases():
-            xs = torch.stack([x, x + 0.5]).unsqueeze(1)  # (2, 1, N, D)
-            stacks = torch.stack([centers, 2 * centers, centers - 0.25])  # (3, K, D)
-            expected = torch.stack([torch.stack([kernel(x[0], stack) for stack in stacks]) for x in xs])
-            assert_close(kernel(xs, stacks), expected, rtol=1e-12, atol=1e-12)
+            items = torch.stack([x, x + 0.5]).unsqueeze(1)  # (2, 1, N, D)
+            centers = torch.stack([centers, 2 * centers, centers - 0.25])  # (3, K, D)
+            expected = torch.stack([torch.stack([kernel(x[0], some) for some in centers]) for x in items])
+            assert_close(kernel(items, centers), expected, rtol=1e-12, atol=1e-12)
 
     def test_gradients_are_those_of_the_energies(self) -> None:
         for kernel, x, centers in self.cases():
@@ -183,23 +184,23 @@ class KernelContract(ModuleContract):
             assert gradgradcheck(energies, inputs)
 
     def test_the_density_integrates_to_one(self) -> None:
-        for size in self.density_features:
-            center = self.draw(size)[1][:1]
-            default = self.make(size).double()
+        for num_features in self.density_features:
+            center = self.draw(num_features)[1][:1]  # the first of the centers
+            default = self.make(num_features).double()
             for kernel in (default, self.moved(default)):
-                log_normalizer = kernel.log_normalizer(size).detach()
+                log_normalizer = kernel.log_normalizer(num_features).detach()
                 assert log_normalizer.shape == (), f"log_normalizer must have shape (), got {log_normalizer.shape}"
                 integral = 0.0
                 for nodes, weights in self.quadrature(center[0]):
                     density = (-kernel(nodes, center).squeeze(-1) - log_normalizer).exp()
                     integral += float(weights @ density.detach())
-                assert abs(integral - 1) < 1e-6, f"D = {size}: {integral} with {kernel}"
+                assert abs(integral - 1) < 1e-6, f"D = {num_features}: {integral} with {kernel}"
 
 
 class CompetitionContract(ModuleContract):
     """Tests of a competition operator: r = dF/dd, sum r = 1, F(d + c) = F(d) + c, gradients and axes.
 
-    The identities must hold to 1e-10 in float64 for energies up to 1e3.
+    Energies d up to 1e3, responsibilities r, free energy F, a number c. Identities must hold to 1e-10 in float64.
     """
 
     settings = {"temperature": 0.3}
@@ -212,7 +213,7 @@ class CompetitionContract(ModuleContract):
         return self.energies(6, 8)
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(module(x))[1:]
+        return tuple(module(x))[1:]  # responsibilities and free energy; the energies are the input
 
     def shift(self, operator: Competition, c: float) -> Competition:
         """Return the operator for energies shifted by c: the same, or one whose background energy is shifted too."""
@@ -266,7 +267,7 @@ class CompetitionContract(ModuleContract):
         inputs = [self.energies(4, 4).requires_grad_(), self.energies(4).requires_grad_(), *operator.parameters()]
 
         def call(d: Tensor, log_prior: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            return tuple(operator(d, log_prior))[1:]  # gradcheck changes the parameters in place
+            return tuple(operator(d, log_prior))[1:]  # without the energies; gradcheck changes the parameters in place
 
         assert gradcheck(call, inputs, atol=1e-6)
 
@@ -285,7 +286,7 @@ class ActivationContract(ModuleContract):
 
     @staticmethod
     def inputs(*shape: int, size: float = 2.0) -> Tensor:
-        """Return random pre-activations, float64."""
+        """Return normal random pre-activations of standard deviation ``size``, float64."""
         return torch.randn(*shape, dtype=torch.float64) * size
 
     def test_needs_no_argument_and_keeps_shape_and_dtype(self) -> None:
