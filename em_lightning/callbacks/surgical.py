@@ -29,8 +29,7 @@ class SurgicalCallback(Callback):
     after the run, because its parameters are trained; ``callback.surgery.undo()`` undoes it. Checkpoints store its
     plan, and loading such a checkpoint into a model without the surgery raises an error.
 
-    ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run. Callbacks with the same
-    settings share one surgery of a model.
+    ``settings`` are the subclass's arguments; callbacks with equal ones share a surgery, which is None before a run.
     """
 
     def __init__(self, verbose: bool = True, **settings: Any) -> None:

@@ -303,17 +303,12 @@ class EMAudit(Callback):
         self.audit = Audit()
         try:
             self.audit = audit(pl_module, batch)
-        except Exception as error:  # models raise exceptions of any class
-            rank_zero_warn(
-                f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
-                f"call em_lightning.audit with run=..., or on a part of the model"
-            )
-            return
-        if self.printed and trainer.is_global_zero:
-            print(self.audit)
-        table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
-        try:
+            if self.printed and trainer.is_global_zero:
+                print(self.audit)
+            table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
             for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
                 writer.add_text("em/audit", table, trainer.global_step)
-        except Exception as error:  # loggers raise exceptions of any class
-            rank_zero_warn(f"EMAudit could not log its table, and the run continues: {type(error).__name__}: {error}")
+        except Exception as error:  # models and loggers raise exceptions of any class
+            what = "could not log its table: a logger" if self.audit else "has no table: the audit"
+            advice = "call em_lightning.audit with run=..., or on a part of the model"
+            rank_zero_warn(f"EMAudit {what} raised {type(error).__name__}: {error}. Training continues; {advice}")

@@ -53,8 +53,7 @@ class Table:
 
     Raises:
         ValueError: the file does not exist, is not a regular file, or does not hold real numbers; shards have different
-            numbers of columns, or one has the name of a copy (``x (copy).npy``); during a read, a file has been written
-            since the table was created.
+            numbers of columns, or one has the name of a copy (``x (copy).npy``); or a file changed during a read.
 
     Example:
         >>> Table(torch.arange(6.0).reshape(3, 2)).rows(1, 2)

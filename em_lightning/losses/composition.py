@@ -24,8 +24,7 @@ class EMLoss(nn.Module):
     maps names to weights and may be changed between steps; terms of weight 0 are not computed.
 
     Args:
-        free_energy, variance, decorrelation: weights of the free energy, and of the terms against dead units and
-            against redundant units.
+        free_energy, variance, decorrelation: weights of the free energy and of terms against dead and redundant units.
         reduction: "sum" or "mean" of the free energy over the items of the global batch. The two train differently:
             "mean" divides the free energy, but not volume control, by the batch size.
         dim: axis of the units, for instance 1 for the channels of a feature map.

@@ -169,8 +169,7 @@ class PointCloudGMM(EMModule):
         """Cut each cloud into equally many disjoint clouds of one random size; further points are left out."""
         num_clouds, most_points = batch.mask.shape
         least_points = min(least_points, most_points)
-        # Log-uniform sizes have the exponent 1. A smaller one (0.75 is chosen, not measured) makes large sizes more
-        # likely, as they give fewer pieces.
+        # An exponent below 1 (0.75 is chosen) makes large sizes likelier than log-uniform ones: they give fewer pieces.
         size = round(least_points * (most_points / least_points) ** float(torch.rand(()) ** 0.75))
         pieces = max(min(most_points // size, _MAX_PIECES // num_clouds), 1)  # of each cloud
         to_fit, to_score = (batch.points, batch.mask), (batch.held_out, batch.held_out_mask)

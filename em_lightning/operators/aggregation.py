@@ -37,8 +37,7 @@ class EMAggregation(Aggregation):
         **pooling: with ``out_channels``, further arguments of :class:`EMPooling`.
 
     Raises:
-        ValueError: a number is out of range, only one of ``in_channels`` and ``out_channels`` is given, or further
-            arguments are given without them.
+        ValueError: a number is out of range, or one of ``in_channels`` and ``out_channels`` is missing.
         TypeError: an argument is unknown.
 
     Example:

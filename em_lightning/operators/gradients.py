@@ -13,8 +13,7 @@ from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# Largest change of parameters in a converged iteration, in frame coordinates, in which points are in [-1, 1]^D. Chosen,
-# not measured, as are the next four.
+# Largest change of parameters in a converged iteration, of points in [-1, 1]^D. This and the next four are chosen.
 _CONVERGED = 1e-6
 # Relative residuals of GMRES: it stops below the first, which float32 cannot resolve, and raises above the second.
 _SUFFICIENT_RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5

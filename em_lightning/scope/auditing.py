@@ -59,8 +59,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     energy. For every other layer the table names the assumption that it violates.
 
     The model runs in eval mode on deep copies of its state and of the batch. Parameters, buffers, metrics, teachers,
-    environments and other attributes remain unchanged, and so do the random states of Python, NumPy and torch. Data
-    sets and data loaders are not copied.
+    environments and the random states of Python, NumPy and torch stay unchanged. Data sets and loaders are not copied.
 
     Args:
         model: any module. For a LightningModule, ``training_step`` is run without logging, to include the loss; in
@@ -236,8 +235,7 @@ class _Recorder(TorchDispatchMode):
         path, module = self._stack[-1]
         if kind := _FUNCTIONS.get(func.name()):
             if not isinstance(module, _NOT_SEARCHED):
-                name = func.name()[6:].strip("_")
-                self.found.append(Finding(path, type(module).__name__, name, reason=reason_of(kind())))
+                self.found.append(Finding(path, type(module).__name__, kind.__name__.lower(), reason=reason_of(kind())))
         elif operation is None:
             if func.namespace not in _NAMESPACES:
                 self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))

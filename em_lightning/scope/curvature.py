@@ -20,8 +20,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so constant (dead) units
     that share the lowest energy raise it above 0 without any competition. The eigenvalue is the root of
     :math:`\sum_k r_k^2 / (r_k - \lambda) = 1` between the two largest responsibilities, found in float64 (float32
-    on MPS). The gradient is exact; for one-hot rows and ties of three or more winners, where the eigenvalue is not
-    simple, it is a subgradient.
+    on MPS). The gradient is exact, but a subgradient for one-hot rows and ties of three or more winners.
 
     Args:
         responsibilities: r, shape (..., K), non-negative with sum 1 along ``dim``. A row of zeros gives 0.

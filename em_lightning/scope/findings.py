@@ -22,9 +22,7 @@ NOT_CHECKED = "not checked: "
 UNKNOWN = f"{NOT_CHECKED}the audit cannot tell whether this is a part of a softmax"
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 _RELU = "elementwise, no normalization, hard zeros"
-# Most numbers in the padded table of the groups that are checked: 32 MiB in float64, chosen. Further groups need no
-# check, as one division normalizes all.
-_LARGEST = 2**22
+_LARGEST = 2**22  # most numbers in the padded table of checked groups, chosen; one division normalizes the others too
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _COLUMNS = "layer|module|operation|hypotheses|exp|norm|soft|curvature|dF/dd - r|EM|reason".split("|")
 _SWAP = "replace it by a competition with SwapActivations (target= its class; functional=True if it is a function)"

@@ -218,8 +218,7 @@ def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls 
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
         calls: for several calls in one forward of the parent, such as those of a ResNet's reused ``self.relu``: a
-            number makes one new module per call, "any" shares one. By default a second call raises RuntimeError if the
-            new module has parameters.
+            number makes one new module per call, "any" shares one. By default it raises if that has parameters.
 
     Raises:
         NoMatchError: nothing matches.

@@ -1,8 +1,7 @@
 """Evaluation of functions of points in blocks, recomputed in the backward pass, in plain torch.
 
 In eager mode no tensor of size (N, K) is stored for the backward pass, which evaluates the function on each block
-again. Memory therefore does not grow with the number of EM iterations, and the intermediate results of a block stay in
-a processor's cache.
+again. So memory does not grow with the number of EM iterations, and intermediate results of a block stay in the cache.
 """
 
 from __future__ import annotations
