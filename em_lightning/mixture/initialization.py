@@ -61,7 +61,7 @@ def kmeans_plus_plus(
     points, weights = _weighted_points(x, weights)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
     size = num_components, len(x), 2 + int(math.log(num_components))  # the last is the number of candidates
-    uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=x.device) * (1.0 - 1e-15)
+    uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=x.device) * (1.0 - 1e-15)  # see below
     potential, distances = weights, torch.full_like(weights, torch.inf)
     centers: list[Tensor] = []
     for numbers in uniform:
@@ -102,14 +102,14 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 
 
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
-    """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
+    """Return a mixture around centers (B, K, D) in frame coordinates, differentiable in the points.
 
-    Weights are those of the cells. A core of more than 2 D points gives a component its mean, and its covariance scaled
-    to the trace of the cell's; other components get those of the cell. A core holds the points at a squared distance
-    from the center of at most ``_CORE`` times the cell's mean: the rim contains points of other clusters, which slow
-    down EM. Cells of at most D points, which are singular, get a spherical covariance: the mean squared distance of all
-    points from their centers, per feature. Shared covariances are those of all cells. Centers (B, K, D) are in frame
-    coordinates, and covariances are returned in the form of the EM loop, see ``covariance.from_public``.
+    A cell holds the points nearest to a center; its core those whose squared distance is at most ``_CORE`` times the
+    cell's mean, because points of other clusters at the rim slow down EM. Each component has the weight of its cell. If
+    the core has more than 2 D points, the component has the mean and covariance of the core, which is scaled to the
+    trace of the cell's covariance; otherwise it has those of the cell. A cell of at most D points gets a spherical
+    covariance instead of a singular one: the mean squared distance of all points from their centers, per feature. A
+    shared covariance is that of all cells. Covariances have the form of the EM loop, see ``covariance.from_public``.
     """
     num_components, num_features = centers.shape[1:]
     unrestricted = covariance.unrestricted
@@ -121,12 +121,12 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     in_core = distances <= (_CORE * total / cell_mass.clamp(min=1.0)).gather(1, cell)
     weights = torch.stack([weights, weights * in_core], 1)
     fitted = fit_cells(points, cell, weights, num_components, unrestricted, floor)
-    (mass, core_mass), (log_weights, _), (means, core_means), parts = (part.chunk(2) for part in fitted)
+    (mass, core_mass), (log_weights, _), (means, core_means), pair = (part.chunk(2) for part in fitted)
     has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
-    covariances = parts[0]
+    covariances, core_covariances = pair
     if covariance.sharing(num_components) == 1:  # each has its own; a shared one is that of all cells together
-        trace, core_trace = (unrestricted.diagonal(part, num_features).sum(-1) for part in parts)
-        of_cores = unrestricted.scaled(parts[1], trace / core_trace)  # unscaled, they are too narrow
+        trace, core_trace = (unrestricted.diagonal(part, num_features).sum(-1) for part in pair)
+        of_cores = unrestricted.scaled(core_covariances, trace / core_trace)  # unscaled, they are too narrow
         second_moment = trace + (means - _with_gradient(points, centers, cell, distances)).square().sum(-1)
         variance = (mass * second_moment).sum(-1) / (num_features * points.mass.clamp(min=1.0))  # of all cells together
         variance = torch.maximum(variance, floor).unsqueeze(-1).expand(-1, num_features)
@@ -147,11 +147,11 @@ def fit_cells(
         responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
         return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
 
-    numbers_per_point = max(count * num_components, points.features(points.mean[:1, :, None]).shape[1])
+    numbers_per_point = max(count * num_components, points.lift(points.x[:, :, :1]).shape[1])  # K per weight, or F
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
     mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)
     mass, unused = mass.squeeze(-1), torch.zeros_like(points.mass)
-    statistics = SufficientStatistics(mass, mass, first, second, unused, unused, unused)  # IRLS weights 1
+    statistics = SufficientStatistics(mass, mass, first, second, unused, unused, num_points=unused)  # IRLS weights 1
     before = family.expand(points.variance.repeat(count, 1), num_components)
     return mass, *m_step(statistics, family, floor.repeat(count), before)
 
