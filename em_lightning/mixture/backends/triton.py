@@ -70,7 +70,7 @@ def _write_log_density(
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
     """Write ``log p(z_n)`` and, for the gradient, ``sum_k r_nk a_nk``."""
-    items, features, components = x[4], mixture[4], mixture[5]
+    items, features, components = x[4], mixture[4], mixture[5]  # the last of each, see _whitened
     tiles = tl.cdiv(items, TILE)
     b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
     n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -116,7 +116,7 @@ def _write_sums(
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of ``[1, y, s(y)]`` over a chunk of points, weighted by the second result of ``_derivative``."""
-    items, features, components = x[4], mixture[4], mixture[5]
+    items, features, components = x[4], mixture[4], mixture[5]  # the last of each, see _whitened
     slot = tl.program_id(0).to(tl.int64)  # grids have one dimension, as the others end at 65,535 programs
     chunks = tl.maximum(tl.cdiv(items, CHUNK), 1)
     bk, chunk = slot // chunks, (slot % chunks).to(tl.int32)
@@ -155,7 +155,7 @@ def _write_point_gradient(
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient with respect to the coordinates z (B, D, N)."""
-    items, features, components = x[4], mixture[4], mixture[5]
+    items, features, components = x[4], mixture[4], mixture[5]  # the last of each, see _whitened
     tiles = tl.cdiv(items, TILE)
     b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
     n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -202,7 +202,7 @@ class _Launch:
         """Store the coefficients of the slope, for the gradient (B, K, F) with respect to the sums of phi(z)."""
         self.slopes = True
         if grads is None:
-            self.polynomial = tuple(map(torch.zeros_like, (self.peak, *self.mixture[2:4])))
+            self.polynomial = tuple(map(torch.zeros_like, (self.peak, *self.mixture[2:4])))  # as peak, means, inverse
             return
         constant, linear, square = grads.split([1, self.features, grads.shape[-1] - 1 - self.features], -1)
         constant = constant.squeeze(-1)
