@@ -309,6 +309,6 @@ class EMAudit(Callback):
             for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
                 writer.add_text("em/audit", table, trainer.global_step)
         except Exception as error:  # models and loggers raise exceptions of any class
-            what = "could not log its table: a logger" if self.audit else "has no table: the audit"
-            advice = "call em_lightning.audit with run=..., or on a part of the model"
-            rank_zero_warn(f"EMAudit {what} raised {type(error).__name__}: {error}. Training continues; {advice}")
+            what = "could not log its table" if self.audit else "has no table"
+            advice = "" if self.audit else "; call em_lightning.audit with run=..., or on a part of the model"
+            rank_zero_warn(f"EMAudit {what}: {type(error).__name__}: {error}. Training continues{advice}")
