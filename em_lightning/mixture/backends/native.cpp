@@ -94,7 +94,6 @@ class Worker {
     score.resize(K * kSteps);
     slope.resize(p.grad_density ? K * kSteps : 0);
     sums.resize(K * M + 1);
-    sums_in_double.resize((K * M + 1) * kLanes);
     gradients.resize(K * G);
     grad_points.resize(p.grad_x ? p.features * kSteps : 0);
     chosen_points.resize(kGrain ? p.features * kSteps : 0);
@@ -105,7 +104,6 @@ class Worker {
   void run(int64_t own_set, int64_t first, int64_t last, double* result) {
     if (own_set != set) enter(own_set);
     constexpr int rows = kSteps * kLanes;
-    int pending = 0;
     for (int64_t row = first; row < last; row += rows) {
       const int count = std::min<int64_t>(rows, last - row);
       const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
@@ -117,18 +115,9 @@ class Worker {
       } else {
         forward(row, count, steps);
       }
-      if (++pending == kBlocksPerSum || row + rows >= last) {
-        const Real* from = reinterpret_cast<const Real*>(sums.data());
-        for (size_t i = 0; i < sums_in_double.size(); ++i) sums_in_double[i] += double(from[i]);
-        std::fill(sums.begin(), sums.end(), V{});
-        pending = 0;
-      }
     }
-    for (int64_t i = 0; i <= K * M; ++i) {
-      result[i] = 0.0;
-      for (int lane = 0; lane < kLanes; ++lane) result[i] += sums_in_double[i * kLanes + lane];
-    }
-    std::fill(sums_in_double.begin(), sums_in_double.end(), 0.0);
+    for (int64_t i = 0; i <= K * M; ++i) result[i] = sum_of_lanes(sums[i]);
+    std::fill(sums.begin(), sums.end(), V{});
     for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);
   }
 
@@ -141,7 +130,6 @@ class Worker {
   std::vector<V> points, grad_points;         // (D, steps)
   std::vector<V> white, score, slope;         // (rows, steps) of one component, (K, steps) twice
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
-  std::vector<double> sums_in_double;         // the same
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
   Choice choice;                              // the points that count for the current component
   const V *chosen, *y;                        // these points, and the same whitened
@@ -155,18 +143,20 @@ class Worker {
     // max^0.8 |z - mu|^2 and thus finite for |z - mu|^2 up to max^0.2.
     using Limits = std::numeric_limits<Real>;
     const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
-    const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
+    const double ratio = unit / p.unit[set], inverse_ratio = p.unit[set] / unit;
+    const double bound = std::pow(double(Limits::max()), 0.4);
     const int64_t features = p.features, size = factor_size(features);
     inverse_unit = Real(1.0 / unit);
-    std::vector<double> component_mean(features), inverse(size), gradient(M);
+    std::vector<double> component_mean(features), shift(features), inverse(size), gradient(M);
     const double* center = p.center + set * features;
     origin.assign(center, center + features);
+    for (int64_t i = 0; i < features; ++i) shift[i] = (center[i] - rounded(center[i])) / unit;
     components.clear();
     components.reserve(K);
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       const double* mean = p.means + k * features;
       for (int64_t i = 0; i < features; ++i)
-        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;  // in the coordinates of load
+        component_mean[i] = mean[i] * inverse_ratio + shift[i];  // in the coordinates of load
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
@@ -229,8 +219,11 @@ class Worker {
       std::copy(lanes, lanes + count, p.log_density + set * p.items + row);
       return;
     }
-    if (p.log_likelihood)
-      for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
+    if (p.log_likelihood) {
+      V own = {};
+      for (int s = 0; s < steps; ++s) own += weights[s] * log_density(s);
+      sums[K * M] += own;
+    }
     for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];  // the factor from score to w_n r_nk
     for (int64_t k = 0; k < K; ++k) {
       V* r = &score[k * kSteps];

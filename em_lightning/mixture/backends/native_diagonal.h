@@ -57,9 +57,9 @@ struct Component {
   Component(const double* w, const double* mu, double top, int64_t d)
       : peak(top * kLog2e), features(d), offset(d), inverse(d) {
     for (int i = 0; i < features; ++i) {
-      const double own = w[kDiagonal ? i : 0];
+      const double own = rounded(w[kDiagonal ? i : 0]);
       inverse[i] = Real(own);
-      offset[i] = Real(-double(inverse[i]) * mu[i]);
+      offset[i] = Real(-own * mu[i]);
     }
   }
 
@@ -84,8 +84,9 @@ struct Component {
   // sums += sum r [1, y, s(y)]
   template <class Weight>
   void add(const V* u, const V*, int steps, Weight r, V* sums) const {
-    for (int s = 0; s < steps; ++s) sums[0] += r(s);
-    V all = {};
+    V mass = {}, all = {};
+    for (int s = 0; s < steps; ++s) mass += r(s);
+    sums[0] += mass;
     for (int i = 0; i < features; ++i) {
       V first = {}, second = {};
       for (int s = 0; s < steps; ++s) {
