@@ -157,11 +157,11 @@ def _fused_arguments(
 ) -> tuple[Any, ...]:
     """Return the arguments of the native functions; a temperature T divides W, the inverse factor, by ``sqrt(T)``."""
     log_weights, means, covariances = parameters
-    factor = family.factorize(covariances, means)
-    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
-    peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
-    root = temperature**0.5
-    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family.whitening
+    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in family.factorize(covariances, means))
+    peak = family.log_peak(log_weights, inverse, points.num_features)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        peak, scale, inverse = peak / temperature, scale * temperature**0.5, inverse / temperature**0.5
+    return means, inverse, peak, scale.detach(), *points.frame, family.whitening
 
 
 def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:

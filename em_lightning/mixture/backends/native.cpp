@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <system_error>
 #include <thread>
 
@@ -321,7 +322,7 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const int64_t size = p.components * num_sums(p.features) + 1;
   const int64_t tasks_per_set = std::max<int64_t>((p.items + kRowsPerTask - 1) / kRowsPerTask, 1);
   const int64_t tasks = p.sets * tasks_per_set;
-  std::vector<double> results(tasks * size);
+  const std::unique_ptr<double[]> results(new double[tasks * size]);  // not zero: tasks write all of theirs
   std::vector<std::atomic<int64_t>> unfinished(p.sets);
   for (auto& count : unfinished) count = tasks_per_set;
   std::atomic<int64_t> next{0};
