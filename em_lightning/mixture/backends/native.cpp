@@ -248,9 +248,11 @@ class Worker {
     for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.grad_density_item_stride]);
     std::fill(to + count, to + steps * kLanes, Real(0));
     std::fill(mean_slope, mean_slope + steps, V{});
+    V share[kSteps];  // the factor from score to r_nk
+    for (int s = 0; s < steps; ++s) share[s] = Real(1) / total[s];
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      for (int s = 0; s < steps; ++s) r[s] /= total[s];
+      for (int s = 0; s < steps; ++s) r[s] *= share[s];
       if (!p.grads) {
         std::fill(a, a + steps, V{});
         continue;
