@@ -153,9 +153,10 @@ def _native_arguments(
     log_weights, means, covariances = parameters
     factors = family.factorize(covariances, means)
     factor, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factors)  # per component
-    peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
-    root = temperature**0.5  # as covariances are multiplied by T
-    mixture = means, inverse / root, peak, (factor * root).detach()
+    peak = family.log_peak(log_weights, inverse, points.num_features)
+    if isinstance(temperature, Tensor) or temperature != 1.0:  # covariances are multiplied by T
+        peak, factor, inverse = peak / temperature, factor * temperature**0.5, inverse / temperature**0.5
+    mixture = means, inverse, peak, factor.detach()
     return points.x, points.weights, *mixture, *points.frame, family.native_kind
 
 

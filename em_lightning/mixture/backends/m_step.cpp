@@ -43,26 +43,44 @@ double smallest_variance(double variance, double mean_square) {
   return std::max(4.0 * kEpsilon * (std::abs(variance) + mean_square), std::pow(kEpsilon, 4));
 }
 
-// Writes the mean and the covariance of a component.
-void estimate(const Problem& p, int64_t component, double floor) {
+// Estimates the mean and covariance of one component. With kSize > 0 the number of features is known to the compiler.
+template <int kSize>
+void estimate_full(const Problem& p, int64_t component, double floor) {
+  const int64_t D = kSize > 0 ? kSize : p.features;
+  const double N = p.mass[component], share = 1.0 / (N + kAdded);
+  const double *first = p.first + component * D, *second = p.second + component * (D * (D + 1) / 2);
+  double *mean = p.means + component * D, *covariance = p.covariances + component * D * D;
+  for (int64_t i = 0; i < D; ++i) {
+    const double own = mean[i] = first[i] * share;
+    // Row i of the second sums follows the rows j < i, which have D - j entries.
+    for (int64_t j = 0; j <= i; ++j) {
+      const double sum = second[j * D - j * (j - 1) / 2 + i - j];
+      const double entry = (sum - N * own * mean[j]) * share;
+      covariance[i * D + j] = covariance[j * D + i] = i == j ? entry + floor : entry;
+    }
+  }
+}
+
+void estimate_variances(const Problem& p, int64_t component, double floor) {
   const int64_t D = p.features;
   const double N = p.mass[component], mass = N + kAdded;
   const double *first = p.first + component * D, *second = p.second + component * p.num_second();
-  double *mean = p.means + component * D, *covariance = p.covariances + component * p.covariance_size();
+  double *mean = p.means + component * D, *variances = p.covariances + component * p.num_second();
   for (int64_t i = 0; i < D; ++i) mean[i] = first[i] / mass;
-  if (p.kind == kFull) {
-    for (int64_t i = 0; i < D; ++i)
-      for (int64_t j = i; j < D; ++j) {
-        const double without_floor = (*second++ - N * mean[i] * mean[j]) / mass;
-        covariance[i * D + j] = covariance[j * D + i] = i == j ? without_floor + floor : without_floor;
-      }
-    return;
-  }
   for (int64_t i = 0; i < p.num_second(); ++i) {
     const double square = p.kind == kDiagonal ? mean[i] * mean[i] : average_square(mean, D);
     const double variance = (second[i] / (p.kind == kDiagonal ? 1 : D) - N * square) / mass;
     const double least = smallest_variance(variance, square);
-    covariance[i] = variance + floor < least ? least : variance + floor;
+    variances[i] = variance + floor < least ? least : variance + floor;
+  }
+}
+
+void estimate(const Problem& p, int64_t component, double floor) {
+  if (p.kind != kFull) return estimate_variances(p, component, floor);
+  switch (p.features) {
+    case 2: return estimate_full<2>(p, component, floor);
+    case 3: return estimate_full<3>(p, component, floor);
+    default: return estimate_full<0>(p, component, floor);
   }
 }
 

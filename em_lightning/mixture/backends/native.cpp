@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <system_error>
 #include <thread>
 
@@ -100,7 +101,6 @@ class Worker {
     score.resize(K * kSteps);
     slope.resize(p.grad_density ? K * kSteps : 0);
     sums.resize(K * M + 1);
-    sums_in_double.resize((K * M + 1) * kLanes);
     gradients.resize(K * G);
     grad_points.resize(p.grad_x ? p.features * kSteps : 0);
     chosen_points.resize(kGrain ? p.features * kSteps : 0);
@@ -111,7 +111,6 @@ class Worker {
   void run(int64_t set_of_rows, int64_t first, int64_t last, double* result) {
     if (set_of_rows != set) enter(set_of_rows);
     constexpr int rows = kSteps * kLanes;  // of a block
-    int pending = 0;
     for (int64_t row = first; row < last; row += rows) {
       const int count = std::min<int64_t>(rows, last - row);
       const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
@@ -123,18 +122,9 @@ class Worker {
       } else {
         forward(row, count, steps);
       }
-      if (++pending == kBlocksPerSum || row + rows >= last) {
-        const Real* from = reinterpret_cast<const Real*>(sums.data());
-        for (size_t i = 0; i < sums_in_double.size(); ++i) sums_in_double[i] += double(from[i]);
-        std::fill(sums.begin(), sums.end(), V{});
-        pending = 0;
-      }
     }
-    for (int64_t i = 0; i <= K * M; ++i) {
-      result[i] = 0.0;
-      for (int lane = 0; lane < kLanes; ++lane) result[i] += sums_in_double[i * kLanes + lane];
-    }
-    std::fill(sums_in_double.begin(), sums_in_double.end(), 0.0);
+    for (int64_t i = 0; i <= K * M; ++i) result[i] = sum_of_lanes(sums[i]);
+    std::fill(sums.begin(), sums.end(), V{});
     for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);  // to sums of [1, y, s(y)]
   }
 
@@ -148,7 +138,6 @@ class Worker {
   std::vector<V> white;                       // y of one component (kRows, kSteps); kRows may be 0: not stored
   std::vector<V> score, slope;                // both (K, kSteps): see evaluate and backward
   std::vector<V> sums;                        // (K, M) and the log-likelihood, separately for each lane
-  std::vector<double> sums_in_double;         // sums of earlier blocks, in the same order
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
   Choice choice;                              // the points that count for the current component
   const V *chosen, *y;                        // these points in coordinates u, and whitened
@@ -163,18 +152,20 @@ class Worker {
     // at most max^0.4, |y|^2 is at most about max^0.8 |u - mu|^2 and thus finite for |u - mu|^2 up to max^0.2.
     using Limits = std::numeric_limits<Real>;
     const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
-    const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
+    const double ratio = unit / p.unit[set], inverse_ratio = p.unit[set] / unit;
+    const double bound = std::pow(double(Limits::max()), 0.4);
     const int64_t features = p.features, size = factor_size(features);
     inverse_unit = Real(1.0 / unit);
-    std::vector<double> component_mean(features), inverse(size), gradient(M);
+    std::vector<double> component_mean(features), shift(features), inverse(size), gradient(M);
     const double* center = p.center + set * features;
     origin.assign(center, center + features);
+    for (int64_t i = 0; i < features; ++i) shift[i] = (center[i] - rounded(center[i])) / unit;
     components.clear();
     components.reserve(K);
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       const double* mean = p.means + k * features;
       for (int64_t i = 0; i < features; ++i)
-        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;
+        component_mean[i] = mean[i] * inverse_ratio + shift[i];
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
@@ -237,8 +228,11 @@ class Worker {
       std::copy(lanes, lanes + count, p.log_density + set * p.items + row);
       return;
     }
-    if (p.log_likelihood)
-      for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
+    if (p.log_likelihood) {
+      V own = {};
+      for (int s = 0; s < steps; ++s) own += weights[s] * log_density(s);
+      sums[K * M] += own;
+    }
     V factor[kSteps];  // w_n r_nk = factor * score
     for (int s = 0; s < steps; ++s) factor[s] = weights[s] / total[s];
     for (int64_t k = 0; k < K; ++k) {
@@ -263,9 +257,11 @@ class Worker {
     for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.grad_density_item_stride]);
     std::fill(to + count, to + steps * kLanes, Real(0));
     std::fill(mean_slope, mean_slope + steps, V{});
+    V share[kSteps];  // the factor from score to r_nk
+    for (int s = 0; s < steps; ++s) share[s] = Real(1) / total[s];
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      for (int s = 0; s < steps; ++s) r[s] /= total[s];
+      for (int s = 0; s < steps; ++s) r[s] *= share[s];
       if (!p.grads) {
         std::fill(a, a + steps, V{});
         continue;
@@ -339,7 +335,7 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const int64_t size = p.components * num_sums(p.features) + 1;
   const int64_t tasks_per_set = std::max<int64_t>((p.items + kRowsPerTask - 1) / kRowsPerTask, 1);
   const int64_t tasks = p.sets * tasks_per_set;
-  std::vector<double> results(tasks * size);
+  const std::unique_ptr<double[]> results(new double[tasks * size]);  // not zero: tasks write all of theirs
   std::vector<std::atomic<int64_t>> unfinished(p.sets);
   for (auto& count : unfinished) count = tasks_per_set;
   std::atomic<int64_t> next{0};

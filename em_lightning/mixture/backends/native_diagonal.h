@@ -62,8 +62,9 @@ struct Component {
   Component(const double* w, const double* mu, double peak_in_nats, int64_t d)
       : peak(peak_in_nats * kLog2e), features(d), offset(d), inverse(d) {
     for (int i = 0; i < features; ++i) {
-      inverse[i] = Real(w[entry_of(i)]);
-      offset[i] = Real(-double(inverse[i]) * mu[i]);
+      const double own = rounded(w[entry_of(i)]);
+      inverse[i] = Real(own);
+      offset[i] = Real(-own * mu[i]);
     }
   }
 
@@ -88,8 +89,9 @@ struct Component {
   // sums += sum r [1, y, s(y)], where r(s) are the responsibilities, or other weights, of the points of step s
   template <class Weight>
   void add(const V* u, const V*, int steps, Weight r, V* sums) const {
-    for (int s = 0; s < steps; ++s) sums[0] += r(s);
-    V square = {};  // sum of r |y|^2
+    V mass = {}, square = {};  // square: sum of r |y|^2
+    for (int s = 0; s < steps; ++s) mass += r(s);
+    sums[0] += mass;
     for (int i = 0; i < features; ++i) {
       V first = {}, second = {};
       for (int s = 0; s < steps; ++s) {

@@ -6,6 +6,13 @@
 
 #include "native_vectors.h"
 
+// Unrolls loops over few features completely.
+#if FEATURES <= 6
+#define UNROLL _Pragma("GCC unroll 6")
+#else
+#define UNROLL
+#endif
+
 namespace {
 
 constexpr int D = FEATURES;
@@ -18,22 +25,22 @@ inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i;
 
 // Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {
-  double shift[D] = {};                // L times the sum of y
-  static thread_local Matrix product;  // L times the sum of y y^T
-  for (int i = 0; i < D; ++i) {
-    for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
-    for (int b = 0; b < D; ++b) {
+  double shift[D] = {};  // L times the sum of y
+  Matrix product;        // L times the sum of y y^T
+  UNROLL for (int i = 0; i < D; ++i) {
+    UNROLL for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
+    UNROLL for (int b = 0; b < D; ++b) {
       double total = 0.0;
-      for (int a = 0; a <= i; ++a) total += scale[i * D + a] * sums[lower(std::max(a, b), std::min(a, b))];
+      UNROLL for (int a = 0; a <= i; ++a) total += scale[i * D + a] * sums[lower(std::max(a, b), std::min(a, b))];
       product[i][b] = total;
     }
   }
   result[0] = sums[0];
-  for (int i = 0; i < D; ++i) {
+  UNROLL for (int i = 0; i < D; ++i) {
     result[1 + i] = mu[i] * sums[0] + shift[i];
-    for (int j = i; j < D; ++j) {
+    UNROLL for (int j = i; j < D; ++j) {
       double total = mu[j] * result[1 + i] + mu[i] * shift[j];
-      for (int b = 0; b <= j; ++b) total += product[i][b] * scale[j * D + b];
+      UNROLL for (int b = 0; b <= j; ++b) total += product[i][b] * scale[j * D + b];
       result[upper(i, j)] = total;
     }
   }
@@ -41,8 +48,8 @@ inline void unwhiten(const double* sums, const double* scale, const double* mu, 
 
 // The transpose of unwhiten: converts the gradient in the sums of z to the gradient in the sums of y.
 inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, double* result) {
-  double linear[D];                    // the gradient in the sum of L y
-  static thread_local Matrix product;  // L^T G, with the upper triangle G of gradients
+  double linear[D];  // the gradient in the sum of L y
+  Matrix product;    // L^T G, with the upper triangle G of gradients
   std::fill(result, result + num_sums(D), 0.0);
   result[0] = grads[0];
   for (int i = 0; i < D; ++i) linear[i] = grads[1 + i];

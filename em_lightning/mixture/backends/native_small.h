@@ -21,15 +21,17 @@ class Component {
     // Entries of T up to max^0.4 keep t^2 finite for |u - mean| up to max^0.1.
     const double bound = std::pow(double(std::numeric_limits<Real>::max()), 0.4);
     double error[D];  // of the rounded mean
-    for (int i = 0; i < D; ++i) {
-      mean[i] = Real(mu[i]);
-      error[i] = double(mean[i]) - mu[i];
+    UNROLL for (int i = 0; i < D; ++i) {
+      const double own = rounded(mu[i]);
+      mean[i] = Real(own);
+      error[i] = own - mu[i];
     }
-    for (int i = 0; i < D; ++i) {
+    UNROLL for (int i = 0; i < D; ++i) {
       w[i] = inverse[i * D + i];
+      const double reciprocal = w[i] > 0.0 ? 1.0 / w[i] : 0.0;
       rest[i] = error[i];
-      for (int j = 0; j < i; ++j) {
-        const double entry = w[i] > 0.0 ? inverse[i * D + j] / w[i] : 0.0;
+      UNROLL for (int j = 0; j < i; ++j) {
+        const double entry = inverse[i * D + j] * reciprocal;
         shear[below(i, j)] = Real(std::min(std::max(entry, -bound), bound));
         rest[i] += shear[below(i, j)] * error[j];
       }
@@ -80,12 +82,12 @@ class Component {
 
   // Converts sums of [1, t, t_i t_j] to sums of [1, y, y_i y_j].
   void whiten_sums(double* sums) const {
-    for (int i = 0; i < D; ++i)
-      for (int j = 0; j <= i; ++j) {
+    UNROLL for (int i = 0; i < D; ++i)
+      UNROLL for (int j = 0; j <= i; ++j) {
         const double shifts = rest[i] * sums[1 + j] + rest[j] * sums[1 + i] + rest[i] * rest[j] * sums[0];
         sums[lower(i, j)] = w[i] * w[j] * (sums[lower(i, j)] + shifts);
       }
-    for (int i = 0; i < D; ++i) sums[1 + i] = w[i] * (sums[1 + i] + rest[i] * sums[0]);
+    UNROLL for (int i = 0; i < D; ++i) sums[1 + i] = w[i] * (sums[1 + i] + rest[i] * sums[0]);
   }
 
   // Converts the gradient with respect to the sums of y to that with respect to the sums of t.

@@ -32,19 +32,28 @@ constexpr int kLanes = kBytes / sizeof(Real);
 // Points of a block: the fastest of 128, 256 and 512 in measurements of the E-step on one CPU, or close to it.
 constexpr int kBlockPoints = KIND == 0 ? 256 : 128;
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
-// Blocks that are added up in Real before they are added in double: 512 points, or 1024 for the many sums of wide full
-// covariances (native_wide.h).
-constexpr int kBlocksPerSum = (KIND == 0 && FEATURES > 6 ? 1024 : 512) / kBlockPoints;
-constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
+// Fixed, so that results do not depend on the number of threads. The sums of the blocks of a task are added up in Real,
+// those of tasks in double.
+constexpr int64_t kRowsPerTask = 2048;
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities are lost in the rounding of sums
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-// 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error that is 1 at 0; its error, with coefficients in float,
-// is 1.1e-7. Double: Taylor's series, of error 6e-18.
+// exp2 splits x into an integer and a fraction, which lies in [0, 1] if this is true, or in [-1/2, 1/2]. The first is
+// faster with AVX-512, which has an instruction for the multiplication by 2^floor(x).
+#if defined(__AVX512DQ__)
+constexpr bool kFloors = kSingle;
+#else
+constexpr bool kFloors = false;
+#endif
+
+// 2^x for fractions x. Float: the polynomial of least relative error that is 1 at 0; its error, with coefficients in
+// float, is 0.9e-7. Double: Taylor's series, of error 6e-18.
 struct Power {
   static constexpr int degree = kSingle ? 5 : 13;
-  Real coefficients[14] = {1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151265, 0.00132647276};
+  Real coefficients[14] = {1.0, 0.693147004, 0.240222469, 0.0555071086, 0.00967129227, 0.00132695201};
   constexpr Power() {
+    const double floors[] = {1.0, 0.693151295, 0.240164593, 0.0557995178, 0.00901747122, 0.0018669581};
+    for (int i = 0; i <= degree && kFloors; ++i) coefficients[i] = Real(floors[i]);
     double taylor = 1.0;  // log(2)^i / i!
     for (int i = 1; i <= degree && !kSingle; ++i) coefficients[i] = Real(taylor *= kLn2 / i);
   }
@@ -60,8 +69,30 @@ struct FlushSubnormals {
 #endif
 };
 
+// Rounds to Real. GCC 12 drops the rounding of double(Real(number)) in code that it vectorizes, but not a volatile number.
+inline double rounded(double number) {
+  volatile Real result = Real(number);
+  return result;
+}
+
 // A number in all lanes.
 inline V lanes(Real number) { return number - V{}; }
+
+// The sum of all lanes in double, four at a time.
+inline double sum_of_lanes(const V& vector) {
+  constexpr int group = kLanes < 4 ? kLanes : 4;
+  typedef Real Part __attribute__((vector_size(group * sizeof(Real))));
+  typedef double Total __attribute__((vector_size(group * sizeof(double))));
+  Total total = {};
+  for (int lane = 0; lane < kLanes; lane += group) {
+    Part part;
+    std::memcpy(&part, reinterpret_cast<const Real*>(&vector) + lane, sizeof(part));
+    total += __builtin_convertvector(part, Total);
+  }
+  double result = 0.0;
+  for (int i = 0; i < group; ++i) result += total[i];
+  return result;
+}
 
 // The larger of both; NaN if b is.
 inline V larger(V a, V b) {
@@ -76,24 +107,58 @@ inline V larger(V a, V b) {
 #endif
 }
 
-// Replaces each x <= 1 by 2^x, or 0 below the range of Real. Operations alternate between the vectors, so that the
-// processor need not wait for results.
+// The split of a number x <= 1 into a fraction and an integer n.
+#if defined(__AVX512DQ__)
+class Exponent {
+ public:
+  // Takes x, and returns the fraction.
+  V split(V whole) {
+    x = whole;
+    if constexpr (kSingle) return (V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    else return fraction = (V)_mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+  // Returns factor 2^n, or 0 below the range of Real. The instructions round exponents down.
+  V scale(V factor) const {
+    if constexpr (kSingle) return (V)_mm512_scalef_ps((__m512)factor, (__m512)x);
+    else return (V)_mm512_scalef_pd((__m512d)factor, (__m512d)(x - fraction));
+  }
+
+ private:
+  V x, fraction;
+};
+#else
+class Exponent {
+ public:
+  V split(V x) {
+    x = larger(lanes(-bias), x);  // for n = -bias, the scale is 0
+    shifted = x + magic;
+    return x - (shifted - magic);
+  }
+
+  V scale(V factor) const { return factor * (V)((I)shifted << digits); }  // moves n + bias into the exponent
+
+ private:
+  static constexpr int digits = kSingle ? 23 : 52;
+  static constexpr Real bias = kSingle ? 127 : 1023;
+  // Adding it rounds x to an integer n, and the low bits of the sum are n + bias.
+  static constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;
+  V shifted;
+};
+#endif
+
+// Replaces each x <= 1 by 2^x. Operations alternate between the vectors, so that the processor need not wait for
+// results.
 template <int kCount>
 inline void exp2(V (&x)[kCount]) {
-  constexpr int digits = kSingle ? 23 : 52;
-  constexpr Real bias = kSingle ? 127 : 1023;
-  // Adding it rounds x to an integer n, and the low bits of the sum are n + bias.
-  constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;
   constexpr Power series;
-  V shifted[kCount], fraction[kCount], power[kCount];
-  for (int i = 0; i < kCount; ++i) x[i] = larger(lanes(-bias), x[i]);  // for n = -bias, the scale below is 0
-  for (int i = 0; i < kCount; ++i) shifted[i] = x[i] + magic;
-  for (int i = 0; i < kCount; ++i) fraction[i] = x[i] - (shifted[i] - magic);
+  Exponent exponent[kCount];
+  V fraction[kCount], power[kCount];
+  for (int i = 0; i < kCount; ++i) fraction[i] = exponent[i].split(x[i]);
   for (int i = 0; i < kCount; ++i) power[i] = lanes(series.coefficients[Power::degree]);
   for (int j = Power::degree - 1; j >= 0; --j)
     for (int i = 0; i < kCount; ++i) power[i] = power[i] * fraction[i] + series.coefficients[j];
-  // 2^n, as the shift moves n + bias into the exponent.
-  for (int i = 0; i < kCount; ++i) x[i] = power[i] * (V)((I)shifted[i] << digits);
+  for (int i = 0; i < kCount; ++i) x[i] = exponent[i].scale(power[i]);
 }
 
 // A mask whose bit i tells whether x of lane i is above a bound or NaN.

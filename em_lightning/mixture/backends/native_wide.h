@@ -52,7 +52,7 @@ struct Component {
     for (int i = 0; i < D; ++i) {
       double rest = 0.0;  // rounding error of the mean, after whitening
       for (int j = 0; j <= i; ++j) {
-        rest += w[i * D + j] * (double(mean[j]) - mu[j]);
+        rest += w[i * D + j] * (rounded(mu[j]) - mu[j]);
         inverse[i * kRows + j] = transposed[j * kRows + i] = Real(w[i * D + j]);
       }
       offset[i] = Real(rest);
@@ -100,7 +100,9 @@ struct Component {
   template <class Weight>
   void add(const V*, const V* white, int steps, Weight r, V* sums) const {
     V weighted[kRows * kSteps];
-    for (int s = 0; s < steps; ++s) sums[0] += r(s);
+    V mass = {};
+    for (int s = 0; s < steps; ++s) mass += r(s);
+    sums[0] += mass;
     for (int i = 0; i < kRows; ++i) {
       V first = {};
       for (int s = 0; s < steps; ++s) first += weighted[i * kSteps + s] = r(s) * white[i * kSteps + s];
