@@ -156,8 +156,7 @@ def _native_arguments(
     peak = family.log_peak(log_weights, inverse, points.num_features)
     if isinstance(temperature, Tensor) or temperature != 1.0:  # covariances are multiplied by T
         peak, factor, inverse = peak / temperature, factor * temperature**0.5, inverse / temperature**0.5
-    mixture = means, inverse, peak, factor.detach()
-    return points.x, points.weights, *mixture, *points.frame, family.native_kind
+    return points.x, points.weights, means, inverse, peak, factor.detach(), *points.frame, family.native_kind
 
 
 def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:

@@ -1,9 +1,10 @@
 // Full covariances of at most 6 features: everything about one vector of points is in registers. Included by
 // native_full.h, which explains u, W, y, mu, lower() and the unnamed arguments.
 //
-// With W = diag(w) T, where T has a unit diagonal, a Component computes t = T (u - mean) for the mean rounded to Real,
-// and y = w (t + rest), where rest is T times the rounding error of the mean. It works on sums of
-// [1, t, t_i t_j for j <= i], which take fewer multiplications and registers than those of y.
+// W = diag(w) T, where T has a unit diagonal. A Component computes t = T (u - mean) for the mean rounded to Real. Then
+// y_i = w_i (t_i + rest_i), where rest is T times the rounding error of the mean. Sums of [1, t, t_i t_j for j <= i]
+// take fewer multiplications and registers than those of y. The log-density in units of log 2 is
+// top - sum_i (quadratic_i t_i + linear_i) t_i.
 
 namespace {
 
@@ -18,13 +19,13 @@ inline int gradient_size(int64_t) { return num_sums(D); }
 class Component {
  public:
   Component(const double* inverse, const double* mu, double peak, int64_t) : top(peak * kLog2e) {
-    // Entries of T up to max^0.4 keep t^2 finite for |u - mean| up to max^0.1.
+    // Let max be the largest number of Real. Entries of T up to max^0.4 keep t^2 finite for |u - mean| up to max^0.1.
     const double bound = std::pow(double(std::numeric_limits<Real>::max()), 0.4);
     double error[D];  // of the rounded mean
     UNROLL for (int i = 0; i < D; ++i) {
-      const double own = rounded(mu[i]);
-      mean[i] = Real(own);
-      error[i] = own - mu[i];
+      const double rounded_mean = rounded(mu[i]);
+      mean[i] = Real(rounded_mean);
+      error[i] = rounded_mean - mu[i];
     }
     UNROLL for (int i = 0; i < D; ++i) {
       w[i] = inverse[i * D + i];
@@ -150,7 +151,7 @@ class Component {
 
  private:
   double top, w[D], rest[D];
-  Real mean[D], shear[kBelow], quadratic[D], linear[D];
+  Real mean[D], shear[kBelow], quadratic[D], linear[D];  // shear: T below its diagonal
 
   // Computes t = T (u - mean); each entry of mean and T is copied to all lanes of a vector.
   struct Shear {

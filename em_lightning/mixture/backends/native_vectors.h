@@ -1,4 +1,4 @@
-// Vectors of float or double, for native.cpp, which explains the macros REAL, KIND and FEATURES.
+// Vectors of float or double, for native.cpp, which explains the macros REAL, KIND and FEATURES, and for ragged.cpp.
 
 #include <algorithm>
 #include <cstdint>
@@ -34,8 +34,8 @@ constexpr int kBlockPoints = KIND == 0 ? 256 : 128;
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
 // Fixed, so that results do not depend on the number of threads. The sums of the blocks of a task are added up in Real,
 // those of tasks in double.
-constexpr int64_t kRowsPerTask = 2048;
-constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities are lost in the rounding of sums
+constexpr int64_t kRowsPerTask = 2048;  // chosen
+constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // far below the rounding of sums of responsibilities, chosen
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // exp2 splits x into an integer and a fraction, which lies in [0, 1] if this is true, or in [-1/2, 1/2]. The first is
@@ -63,13 +63,14 @@ struct Power {
 // results, and those that are not 0 delay a processor of Intel by over 100 cycles.
 struct FlushSubnormals {
 #if defined(__SSE__)
+  static constexpr unsigned kFlushToZero = 1 << 15;  // bit of the control register of SSE
   const unsigned before = _mm_getcsr();
-  FlushSubnormals() { _mm_setcsr(before | 0x8000); }
+  FlushSubnormals() { _mm_setcsr(before | kFlushToZero); }
   ~FlushSubnormals() { _mm_setcsr(before); }
 #endif
 };
 
-// Rounds to Real. GCC 12 drops the rounding of double(Real(number)) in code that it vectorizes, but not a volatile number.
+// Rounds to Real. In code that it vectorizes, GCC 12 drops the rounding of double(Real(x)), unless a number is volatile.
 inline double rounded(double number) {
   volatile Real result = Real(number);
   return result;
