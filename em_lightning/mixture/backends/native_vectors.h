@@ -70,7 +70,7 @@ struct FlushSubnormals {
 #endif
 };
 
-// Rounds to Real. In code that it vectorizes, GCC 12 drops the rounding of double(Real(x)), unless a number is volatile.
+// Rounds to Real. In vectorized code GCC 12 drops the rounding of double(Real(x)), unless a number is volatile.
 inline double rounded(double number) {
   volatile Real result = Real(number);
   return result;
