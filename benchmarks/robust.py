@@ -21,10 +21,10 @@ from em_lightning import EMOperator, Mixture
 from em_lightning.studies.style import figure_style, new_figure
 
 COMPONENTS, FEATURES, ITEMS, SIDE, ITERATIONS = 5, 3, 600, 30.0, 100
-# A background of 0.2 is a fixed share: that of the outliers by default.
+BACKGROUND = 0.2  # fixed share of a background that is not estimated: that of the outliers by default
 METHODS = {
     "Gaussian": {},
-    "Gaussian + background": {"background": 0.2},
+    "Gaussian + background": {"background": BACKGROUND},
     "Gaussian + estimated background": {"background": {"estimate": True}},
     "Student-t, 1 degree of freedom": {"kernel": "student_t"},
     "Student-t, 3 degrees of freedom": {"kernel": {"name": "student_t", "df": 3.0, "density": True}},
@@ -33,7 +33,7 @@ METHODS = {
     "pseudo-Huber, delta 1": {"kernel": "pseudo_huber"},
     "Student-t 3 + background": {
         "kernel": {"name": "student_t", "df": 3.0, "density": True},
-        "background": 0.2,
+        "background": BACKGROUND,
     },
 }
 
@@ -172,11 +172,12 @@ def main():
         [
             "# Robust kernels and backgrounds",
             "",
-            f"{options.clouds} clouds of {ITEMS} points with {FEATURES} features, written by `python -m "
-            "benchmarks.robust`. "
+            f"This page is written by `python -m benchmarks.robust`, which fits {options.clouds} clouds of {ITEMS} "
+            f"points with {FEATURES} features. "
             f"{options.outliers:.0%} of the points are uniform over a box of side {SIDE:g}; the others are "
             f"in {COMPONENTS} "
-            f"clusters of unit standard deviation. Covariances are full, and EM runs {ITERATIONS} iterations.",
+            f"clusters of unit standard deviation. Covariances are full, and EM runs {ITERATIONS} iterations. "
+            f"A background has a fixed share of {BACKGROUND:.0%}, unless it is estimated.",
             "",
             "The columns with the name of a start have errors of the means, in standard deviations: the "
             "distances between "

@@ -39,9 +39,9 @@ _PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of 
 _REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
-    "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-    "interface, such as eth0, if a host resolves its own name to 127.0.1.1, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-    "if torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
+    "NODE_RANK of another host, or be unreachable. If a host resolves its own name to 127.0.1.1, set "
+    "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such as eth0. If torchrun has restarted the "
+    "ranks, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. The same command with ckpt_path=last resumes the run"
 )
 
 
@@ -89,7 +89,7 @@ def _untrusted(path: str | PathLike[str]) -> ValueError:
     if not names:
         return _invalid(path, "its pickle is damaged, or needs weights_only=False")
     return ValueError(
-        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {names}); "
+        f"{path}: invalid checkpoint (it contains classes that could run code: {names}); "
         f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
         f"torch.serialization.safe_globals, or load it with weights_only=False"
     )
@@ -212,9 +212,9 @@ class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach. Lightning then connects the ranks a second time, for ``prepare_data``, and waits without limit. Here both
-    connections end within twice ``timeout``, each later communication within ``timeout``. Its default of two minutes is
-    chosen (Lightning's is 30). Further arguments are those of ``DDPStrategy``.
+    can reach. Once connected, Lightning connects the ranks again, for ``prepare_data``, and waits without limit. Here
+    both connections end within twice ``timeout``, each later communication within ``timeout``. Its default, two minutes
+    instead of Lightning's 30, was chosen without measurements. Further arguments are those of ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
@@ -357,7 +357,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # for SIGTERM, Lightning's sets a flag
-            raise SystemExit(128 + number)
+        if number == signal.SIGTERM or not callable(self._handlers.get(number)):
+            raise SystemExit(128 + number)  # here, because Lightning's handler of SIGTERM only sets a flag
         self._handlers[number](number, None)  # under SLURM, Lightning's handler of SIGUSR1 requeues the job
         self._set_handlers(dict.fromkeys(self._handlers, self._receive))

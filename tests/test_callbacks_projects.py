@@ -468,7 +468,7 @@ def test_the_warning_of_an_uncalled_layer_gives_its_other_names(tmp_path):
             super().__init__(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
             self.first = self.body[0]
 
-    with pytest.warns(UserWarning, match="changed first, but .* body.0 name the same layers"):
+    with pytest.warns(UserWarning, match="changed first, but .* select the same layers by body.0"):
         users.trainer(tmp_path, 1, [InsertEMOperator("first", verbose=False)]).fit(Named(), rows())
 
 

@@ -83,7 +83,7 @@ def flipped(path):
 DAMAGED = {
     "pickle": (
         lambda p: saved(p, {"hyper_parameters": {"network": RunsWhenLoaded()}}),
-        "more than tensors and plain values",
+        "classes that could run code",
     ),
     "list": (lambda p: saved(p, [1, 2]), "list"),
     "text": (lambda p: p.write_text("no archive"), "10 bytes"),
@@ -226,7 +226,8 @@ def test_the_command_line_reads_a_checkpoint_before_it_trains(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     saved(Path("bad.ckpt"), {"state_dict": RunsWhenLoaded()})
     assert cli.main(["run", "gaussian_mixture", "--ckpt_path=bad.ckpt"]) == 2
-    assert "bad.ckpt: invalid checkpoint (it contains more than tensors" in capsys.readouterr().err.splitlines()[-1]
+    error = "bad.ckpt: invalid checkpoint (it contains classes that could run code"
+    assert error in capsys.readouterr().err.splitlines()[-1]
 
 
 # Configs.

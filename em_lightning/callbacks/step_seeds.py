@@ -60,9 +60,9 @@ class StepSeeds(lightning.Callback):
         torch.manual_seed(self._seed_of(trainer, self._epoch, step=0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the samplers for the first epoch, as Lightning resumes some without on_train_epoch_start."""
+        """Seed the samplers, as Lightning does not call on_train_epoch_start when it resumes within an epoch."""
         self._seed_samplers(trainer)
-        # Lightning does not restore loaders that configure_optimizers has made by asking for the number of steps.
+        # If configure_optimizers reads estimated_stepping_batches, it makes the loaders, and Lightning restores none.
         loaders = (each for each in CombinedLoader(trainer.train_dataloader).flattened if hasattr(each, "state_dict"))
         for loader, state in zip(loaders, self._loader_states, strict=False):
             if isinstance(loader, Resumable):
@@ -83,16 +83,15 @@ class StepSeeds(lightning.Callback):
     def _seed_samplers(self, trainer: Any) -> None:
         """Give each sampler its own generator, so that the order does not depend on when the loader draws it.
 
-        A loader with worker processes draws it when its iterator is made: for the first epoch before this method runs,
-        from PyTorch's generator, which on_fit_start has seeded. A loader without workers draws it later, from the
-        sampler's generator, with the same result.
+        A loader with worker processes draws the first order before this method runs, from PyTorch's generator, which
+        on_fit_start has seeded. One without workers draws it later, from the sampler's generator: the same order.
         """
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler: Any = getattr(loader, "sampler", None)
             if hasattr(sampler, "generator"):
                 sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, step=0))
-                _draw(sampler.generator)  # the loader first draws a base of its workers' seeds
-                if isinstance(sampler, RandomSampler):  # without a generator it seeds one with a second draw
+                _draw(sampler.generator)  # as a loader first draws a base for the seeds of workers
+                if isinstance(sampler, RandomSampler):  # without a generator, it then draws the seed of one
                     sampler.generator.manual_seed(_draw(sampler.generator))
 
     def _seed_of(self, trainer: Any, epoch: int, step: int) -> int:

@@ -29,7 +29,7 @@ class SurgicalCallback(Callback):
     after the run, because its parameters are trained; ``callback.surgery.undo()`` undoes it. Checkpoints store its
     plan, and loading such a checkpoint into a model without the surgery raises an error.
 
-    ``settings`` are the subclass's arguments; callbacks with equal ones share a surgery, which is None before a run.
+    ``settings`` are the subclass's arguments; callbacks with equal settings share ``surgery``. It is None before a run.
     """
 
     def __init__(self, verbose: bool = True, **settings: Any) -> None:
@@ -99,13 +99,13 @@ class SurgicalCallback(Callback):
             self.surgery.warn_of_copies(lambda parameter: id(parameter) in trained)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warn once of new modules that no batch of an epoch has called, unless their layer was called elsewhere."""
+        """Warn once of new modules that no batch of an epoch called, unless one for the same old layer was called."""
         calls, changes = (self.surgery.first_calls, self.surgery.changes) if self.surgery else ([], [])
         seen = {first.path for first in calls if first.seen}
         shared = [change.old for change in changes if change.path in seen and isinstance(change.old, nn.Module)]
         seen.update(change.path for change in changes if any(change.old is old for old in shared))
         paths = [first.path for first in calls if first.path not in seen]
-        # Do not warn where the parent has frozen parameters: averages of the weights may be called only after training.
+        # Do not warn if the parent has frozen parameters: it may be a weight-averaged copy, called after training.
         parents = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
         uncalled = [path for path, each in parents.items() if "." not in path or all(p.requires_grad for p in each)]
         if uncalled and not self._warned:
@@ -115,7 +115,7 @@ class SurgicalCallback(Callback):
             others = [path for path, changed in named if not path.startswith(changed)]
             rank_zero_warn(
                 f"{type(self).__name__} changed {', '.join(uncalled)}, but no batch of the epoch called the forward "
-                f"there: the change has no effect" + f"; {', '.join(others)} name the same layers" * bool(others)
+                f"there: the change has no effect" + f"; select the same layers by {', '.join(others)}" * bool(others)
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

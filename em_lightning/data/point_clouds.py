@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     points: Tensor  # (V, 3), vertices in float64, or points
     faces: Tensor | None = None  # (F, 3) long, rows of the vertices; None for a set of points
     cumulative_areas: Tensor | None = None  # (F,) float64, the total area of the triangles up to each
-    center: Tensor | None = None  # of a mesh, in the units of the data; those of a set depend on the points to fit
+    center: Tensor | None = None  # of a mesh, in the units of the data; None for a set: that of its points to fit
     scale: Tensor | None = None  # as center
     label: int = 0
 

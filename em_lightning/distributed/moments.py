@@ -72,7 +72,7 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
     and errors are those of :func:`flatten_units`.
 
     Warns:
-        UserWarning: the batch of a single process has fewer than two items, masked ones included.
+        UserWarning: the batch of a single process has fewer than two items, where masked ones count too.
     """
     items, weights = flatten_units(values, dim, mask, weights)
     if len(items) < 2 and not is_distributed() and not torch.compiler.is_compiling():

@@ -1,4 +1,7 @@
-"""Kernels that add one energy per feature: Laplace, logistic, Huber, pseudo-Huber and exponential."""
+"""Kernels that add one energy per feature: Laplace, logistic, Huber, pseudo-Huber and exponential.
+
+In mixtures, Laplace, Huber and pseudo-Huber apply one feature's energy to a Mahalanobis distance, see EllipticalKernel.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from em_lightning.kernels.distance import pairwise
 
 _LARGEST_EXPONENT = 40.0  # exp(40) = 2.4e17; float32 can sum 6,000 squares of it, as in the norm of a gradient
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027  # E_1(1), the integral of exp(-exp(u)) over u > 0
-_LAPLACE_CORE = 1e-4  # distance, in scales, below which elliptical Laplace is a parabola: IRLS weights are at most 1e4
+_LAPLACE_CORE = 1e-4  # distance, in scales, below which Laplace's rho is a parabola: IRLS weights are at most 1e4
 
 
 @KERNELS.register("laplace")
@@ -57,8 +60,7 @@ class LogisticKernel(Kernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \log\bigl(1 + e^{-\alpha (x_i - \mu_i)}\bigr)
 
-    with ``slope`` :math:`\alpha`, the largest gradient. exp(-d) is a product of logistic sigmoids, the probability of a
-    binary latent, and **not a density**: it tends to 1 above the center.
+    with ``slope`` :math:`\alpha`, the largest gradient. exp(-d), a product of sigmoids, is **not a density**.
 
     Example:
         >>> LogisticKernel()(torch.tensor([[0.0]]), torch.tensor([[0.0], [100.0]]))
@@ -161,8 +163,8 @@ class PseudoHuberKernel(EllipticalKernel):
         return (1.0 + squared_distance / self.positive("delta", squared_distance.dtype) ** 2).sqrt()
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule in steps of .02 widths D^-1/2, from 40
-        # below the maximum to 10 above it. The error is below 1e-12 for D = 1 to 300 and delta = .01 to 100.
+        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule from 40 D^-1/2 below the maximum to
+        # 10 D^-1/2 above it, in steps of .02 D^-1/2. Error below 1e-12 for D = 1 to 300 and delta = .01 to 100.
         ratio = (num_features / self.delta.detach()).square()  # the grid is a constant in the derivative
         log_mode = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()  # r d(rho) / dr = D
         step = 0.02 / math.sqrt(num_features)

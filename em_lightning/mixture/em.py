@@ -111,7 +111,7 @@ def where(condition: Tensor, one: State, other: State) -> State:
 
 
 class StreamedEM(NamedTuple):
-    """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
+    """EM over data in blocks: the caller adds the statistics of blocks, and of ranks, before the M-step.
 
     covariance: the covariance type.
     frame: centered near the mean of all points, the same for all blocks of a pass.
@@ -169,8 +169,8 @@ class StreamedEM(NamedTuple):
     ) -> Mixture:
         """Return the mixture of the M-step; ``mixture`` is that of the E-step.
 
-        A prior without a mean uses the center of the frame. One with ``covariance_strength`` > 0 whose covariance is a
-        fraction, as by default, needs the ``variance`` (1, D) of all points. The floor is in squared units of the data.
+        A prior without a mean uses the center of the frame. If its ``covariance_strength`` is > 0 and its covariance a
+        fraction of the variance, as by default, give the ``variance`` (1, D) of all points. The floor is in its units.
         """
         center, scale = self.frame
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from em_lightning.checks import check_at_least, check_positive
 from em_lightning.operators.em import EMOperator
 
-# Exponents along an axis are at least this: exp(-16) is float32's round-off at 1, and a product of 5 is not subnormal.
+# Smallest exponent of an axis: exp(-16) is float32's round-off at 1, and exp(-80), of 5 axes, is not yet subnormal.
 _SMALLEST_EXPONENT = -16.0
 _CHUNK = 8  # sets per call of :func:`counts`: 128 sets of 160 items took a quarter less time in chunks of 4 to 32
 _TOKEN_GRID = 3  # ``grid`` of the residual layers, whose items are tokens; chosen, not compared
@@ -26,9 +26,9 @@ class EMAbstraction(nn.Module):
 
     with features :math:`h_n` of item n, means :math:`\mu_k` of the mixture that an :class:`EMOperator` fits to the
     coordinates, a matrix W and batch normalization BN. The offsets :math:`o_j` form a lattice, ``grid`` places per axis
-    with spacing s. Without features, y is the batch-normalized fraction of items per bump.
-    ``blocks`` residual layers t <- relu(t + BN(V relu(BN(U y)))) follow, with matrices U and V. In them, y is computed
-    with the tokens as items, on a lattice of 3 places per axis. For one token per set, the last module has K = 1.
+    with spacing s. Without features, y is the batch-normalized fraction of items per bump. ``blocks`` residual layers
+    t <- relu(t + BN(V relu(BN(U y)))) follow, with matrices U and V. In them, y is computed with the tokens as items,
+    on a lattice of 3 places per axis. To get one token per set, stack modules and give the last one K = 1.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 

@@ -26,7 +26,7 @@ def _new_results(x: Tensor, index: Tensor, num_groups: int, limit: int, num_comp
 @_custom_op("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
     results = _new_results(*inputs)
-    native.fit_groups(*inputs, *results, *[None] * 4)  # no gradients of the three results and of x
+    native.fit_groups(*inputs, *results, *[None] * 4)  # in place of the gradients of the results and of x
     return results
 
 

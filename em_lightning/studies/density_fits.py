@@ -69,7 +69,7 @@ def learned(module: Any) -> Method:
 
 
 def em_operator(num_components: int, num_features: int, floor: float, starts: int, prior: Setting | None) -> EMOperator:
-    """Return the operator of classical EM, or of MAP-EM under a prior, from the best of some k-means++ starts."""
+    """Return an operator for classical EM, or MAP-EM under a prior, which keeps the best of its k-means++ starts."""
     options: dict[str, Any] = {"init": "kmeans++", "num_starts": starts, "prior": prior, "residual": False}
     return EMOperator(num_components, num_features, covariance_floor=floor, **options).eval()
 
@@ -149,8 +149,8 @@ def combinations(**options: Sequence[Any]) -> list[Setting]:
 def baselines(size: int, fine: bool = False) -> list[Method]:
     """Return the methods for clouds of one size, with coarse or fine grids of settings."""
     # Sparse clouds need larger floors and stronger priors, and more starts do not help them. The limits 100 and 200
-    # separate the sizes 64, 128 and 256 of the study. Where wider ranges were tried, no setting at the ends of the
-    # ranges below was best on validation clouds. Methods that are not tuned have eight starts at every size.
+    # separate the sizes 64, 128 and 256 of the study. Some ranges below were also tried wider: the best setting on
+    # validation clouds was never at an end of these. Methods that are not tuned have eight starts at every size.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)

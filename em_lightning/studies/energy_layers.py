@@ -128,8 +128,8 @@ class SparseAutoencoder(EnergyLayer):
 class EMClassifier(EnergyLayer):
     r"""A classifier with one hidden layer of energies and volume control on them.
 
-    From the energies d (N, K), the activation is :math:`y = d + \log \sum_j e^{-d_j}`, or :math:`y = d` without
-    ``neg_log_softmin``. A linear head and a LayerNorm turn y into logits (N, C). The loss is cross-entropy, in place of
+    From the energies d (N, K), the activation is :math:`a = d + \log \sum_j e^{-d_j}`, or :math:`a = d` without
+    ``neg_log_softmin``. A linear head and a LayerNorm turn a into logits (N, C). The loss is cross-entropy, in place of
     the free energy of :class:`DecoderFreeEncoder`, plus the variance and decorrelation losses of d, times
     ``weight * variance`` and ``weight * decorrelation``.
 

@@ -52,10 +52,10 @@ def swap_calls(
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    The operator from ``make`` becomes a child of the module, named ``em_functional``. The methods whose code names the
-    function run it (``self.relu`` is no such name if it is a child): while one of them runs, all calls of the function
-    run the operator instead, even those in unselected children. Methods of torch's and Lightning's classes are skipped,
-    and functions in containers or objects are not found. For ``after_change`` see :func:`change_sites`.
+    The operator from ``make`` becomes a child of the module, named ``em_functional``. While a method runs whose code
+    names the function, all calls of the function run the operator instead, even those in unselected children; the name
+    of a child, ``self.relu``, does not count. Methods of torch's and Lightning's classes are skipped, and functions in
+    containers or objects are not found. For ``after_change`` see :func:`change_sites`.
 
     Raises:
         NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
@@ -126,8 +126,8 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
     )
 
 
-def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:  # a chosen depth
-    """Return whether a function, or one outside torch that it calls, up to ``depth`` calls away, reads a name."""
+def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:  # 3 is chosen
+    """Return whether a function reads one of the names, itself or through calls (not of torch) up to ``depth`` deep."""
     read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
     used = [function.__globals__.get(name) for name in read] if depth else []  # functions may be recursive
     called = [one for one in used if inspect.isfunction(one) and not one.__module__.startswith("torch.")]

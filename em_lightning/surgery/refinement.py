@@ -29,15 +29,15 @@ _PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum")
 class SetRefinement(EMRefinement):
     """Adds to each item its posterior mean under the mixture of its set, see :class:`EMRefinement`.
 
-    The axes of a tensor are features (``dim``), items (``set_dim``), and the others, which index sets: no output
-    depends on another set. With ``causal`` an item depends on itself and the items before it, whose mixture is fitted
-    for each item: N times the cost of one fit. Padding takes no part in a fit: it is read from the arguments
+    Axis ``dim`` of a tensor has the features, axis ``set_dim`` the items of a set. All other axes number the sets; they
+    are independent. With ``causal`` each of the N items has a mixture of its own, fitted to this item and those before
+    it: N times the cost of one fit. Padding takes no part in a fit: it is read from the arguments
     ``src_key_padding_mask``, ``tgt_key_padding_mask``, ``key_padding_mask``, ``padding_mask`` (true at padding) or
     ``attention_mask`` (1 at items) of the layer and the modules around it.
 
     Args:
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
-        set_dim: the axis of the items; "auto": all axes but features and batch; rows of (N, D) are sets of one item.
+        set_dim: the axis along which a set has its items; "auto": all but features and batch; (N, D) are N sets.
         causal: whether an item depends only on itself and the items before it.
         batch_dim: the axis of the batch for ``set_dim="auto"``, None if unknown; if ``dim`` is axis 1, it is 0.
 
@@ -62,11 +62,11 @@ class SetRefinement(EMRefinement):
         self.set_dim = set_dim
         self.causal = causal
         self.batch_dim = batch_dim
-        self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
+        self.padding: list[tuple[str, Tensor]] = []  # (argument, mask) of modules that run now, innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
-        self.inspecting = True  # whether the next forward around the layer is inspected; forward() sets it to False
-        self.attention_inspected = False  # whether attention was inspected inside a module, not only its arguments
-        self.may_warn = False  # whether the last call fitted one mixture to a sequence, of which no warning was given
+        self.inspecting = True  # whether modules around inspect a forward that starts now; forward() sets it to False
+        self.attention_inspected = False  # whether calls of attention were inspected, not only a forward's arguments
+        self.may_warn = False  # whether the last call fitted one mixture to a sequence, without a warning so far
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
@@ -142,7 +142,7 @@ def batch_dim_of(site: Site) -> int | None:
     module, layers = _closest(site, (nn.MultiheadAttention, nn.RNNBase))
     if all(layer.batch_first for layer in layers):
         return 0
-    # LAST_AXIS are layers of PyTorch; a user's module may transpose the inputs of its layers with batch_first=False.
+    # With batch_first=False, layers of PyTorch (LAST_AXIS) have the batch on axis 1; a user's module may transpose it.
     return 1 if isinstance(module, LAST_AXIS) and not any(layer.batch_first for layer in layers) else None
 
 
@@ -158,8 +158,8 @@ def _closest(site: Site, kinds: Any) -> tuple[nn.Module, list[Any]]:
 def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
     """Give the operator the padding masks of the modules around it, and check at its first call if it must be causal.
 
-    Attention that masks later positions raises ValueError. Where recurrent layers of one direction, convolutions that
-    are padded on the left or sums over earlier positions only suggest it, a warning is given.
+    Attention that masks later positions raises ValueError. Recurrent layers of one direction, convolutions padded on
+    the left and sums over earlier positions are signs, but no proof, that it must be: they give a warning.
     """
     _, recurrent = _closest(site, (nn.RNNBase, nn.RNNCellBase))
     one_direction = bool(recurrent) and not any(getattr(layer, "bidirectional", False) for layer in recurrent)
@@ -182,13 +182,13 @@ def _observe(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the forward, with parameters ``names``, of a module around the operator behind the layer ``path``."""
+    """Run and inspect the forward, with parameters ``names``, of a module around the operator behind layer ``path``."""
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     outer_padding = operator.padding
     masks = [(name, arguments[name]) for name in _PADDING if isinstance(arguments.get(name), Tensor)]
     operator.padding = [*masks, *outer_padding]
     watch = CausalityWatch()
-    # A TorchFunctionMode would turn the fused kernels of attention off; of these only the arguments are inspected.
+    # A TorchFunctionMode would turn fused kernels of attention off: where they may run, inspect only the arguments.
     only_arguments = may_fuse and not operator.training and not torch.is_grad_enabled()
     try:
         if not operator.inspecting or operator.causal or torch.compiler.is_compiling():
@@ -201,7 +201,7 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if operator.inspecting or operator.attention_inspected:  # not reached, or inspected in a module inside
+    if operator.inspecting or operator.attention_inspected:  # not called, or an inner module has decided
         return output
     if watch.causal:
         operator.inspecting = True  # the next forward raises, too
@@ -211,7 +211,7 @@ def _observe(
         )
     if watch.attention:
         operator.attention_inspected = not only_arguments
-        operator.inspecting = only_arguments  # these may not show a mask: inspect the next forward as well
+        operator.inspecting = only_arguments  # a mask made inside is no argument: inspect the next forward too
     elif operator.may_warn and (one_direction or watch.one_sided):
         operator.may_warn = False
         source = "recurrent layers of one direction" if one_direction else watch.one_sided
@@ -234,7 +234,7 @@ class CausalityWatch(TorchFunctionMode):
         self.attention = 0
         self.causal = 0
         self.one_sided = ""
-        self._padding: dict[tuple[int, ...], int] = {}  # of convolutions that pad both sides, by the output's shape
+        self._padding: dict[tuple[int, ...], int] = {}  # of convolutions padded on both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and inspect its arguments."""
@@ -271,9 +271,8 @@ class CausalityWatch(TorchFunctionMode):
 
 def _is_lower(factor: Any) -> bool:
     """Return whether a factor is a square matrix that is zero above its diagonal only."""
-    if not isinstance(factor, Tensor) or not _is_square(factor):
-        return False
-    return not factor.triu(1).any() and bool(factor.tril(-1).any())
+    is_square = isinstance(factor, Tensor) and _is_square(factor)
+    return is_square and not factor.triu(1).any() and bool(factor.tril(-1).any())
 
 
 def _is_square(scores: Tensor) -> bool:

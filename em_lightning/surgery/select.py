@@ -149,7 +149,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     Each is a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
     ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. Submodules of a
     match are not matched again by the same entry. Submodules of modules that surgery built are selected only by their
-    full path or with ``inserted=True``. That also omits the warning of modules in plain lists, as the surgery gave it.
+    full path or with ``inserted=True``, which also omits the warning about plain lists: earlier surgery has given it.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
@@ -213,7 +213,7 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
 
 
 def described(where: Any) -> str:
-    """Return the text of a selection for errors and state keys; a function has its line, by which lambdas differ."""
+    """Return the text of a selection for errors and state keys; of a function with its line, to tell lambdas apart."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
     if inspect.isfunction(where):

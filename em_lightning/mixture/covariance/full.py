@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.points import Parameters
 
-# Share of the second moments of neighbouring components that principal_axes adds, to decide axes of equal variances.
+# Share of the second moments of nearby components that principal_axes adds, to determine axes of equal variances.
 _TIE_BREAKER = 1e-6  # so small that it hardly turns axes of different variances; chosen, not measured
 # Where eigenvalues differ by less than this share of the largest, derivatives of the axes decrease to 0.
 _SMALLEST_GAP = 1e-6  # chosen, not measured
@@ -56,14 +56,14 @@ class FullCovariance:
     """
 
     name = "full"
-    # Inverse factor in native.py: triangle ("full"), diagonal ("diag") or number ("spherical"); None: not supported.
+    # W = L^-1 in C++ and Triton: a triangle ("full"), diagonal ("diag") or number ("spherical"); None: not supported.
     native_kind: str | None = "full"
-    # Number of leading axes, of size 1 in a mixture of one set, that scikit-learn's covariances do not have.
+    # Number of leading axes of size 1 that covariances have in a mixture of one set, but not in scikit-learn.
     sklearn_axes = 1
 
     @property
     def unrestricted(self) -> FullCovariance:
-        """The type whose M-step estimate is in closed form and needs no previous covariances."""
+        """The type for estimates without previous covariances: this one; full for lowrank, which iterates from them."""
         return self
 
     # Shapes and sizes.
@@ -102,7 +102,7 @@ class FullCovariance:
     def indefinite(self, covariances: Tensor) -> Tensor:
         """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
         num_features = covariances.shape[-1]
-        # Products of singular factors are indefinite by up to D eps; 16 (chosen) leaves room for longer computations.
+        # Rounding makes L L^T of a singular L indefinite by up to D eps; 16 is a chosen margin for more operations.
         round_off = 16 * num_features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         failed = torch.linalg.cholesky_ex(covariances + round_off.diag_embed()).info != 0
         return failed & covariances.isfinite().flatten(-2).all(-1)
@@ -120,7 +120,7 @@ class FullCovariance:
         peak = self.log_peak(log_weights, inverse, num_features)
         constant = peak.sub((means * linear).sum(-1), alpha=0.5)  # peak - mu^T P mu / 2
         # x^T P x / 2 contains x_i^2 once and x_i x_j twice: the coefficients are -P_ii / 2 and -P_ij.
-        quadratic = 0.5 * precision.tril() - precision  # so in the upper triangle; the lower one is not used
+        quadratic = 0.5 * precision.tril() - precision  # correct in the upper triangle, which alone is used
         rows = [quadratic[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(num_features)]
         return torch.cat([constant.unsqueeze(-1), linear, *rows], -1), peak
 
@@ -202,8 +202,8 @@ class FullCovariance:
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
-        Tied covariances give (B, 1, D, D) and (B, 1, D). If variances are equal, for instance at the floor, the second
-        moments (B, K, D, D) of the neighbouring components determine the axes; otherwise round-off would.
+        Tied covariances give (B, 1, D, D) and (B, 1, D). ``neighbours`` are second moments (B, K, D, D) of the mixture
+        near each mean. They determine axes of equal variances, for instance at the floor, in place of round-off.
         """
         sigma = self.to_public(covariances)
         matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
