@@ -1,5 +1,6 @@
 """Callbacks in trainings of other projects: several optimizers, frozen layers, copies of modules, and messages."""
 
+import contextlib
 import copy
 
 import lightning
@@ -470,6 +471,23 @@ def test_the_warning_of_an_uncalled_layer_gives_its_other_names(tmp_path):
 
     with pytest.warns(UserWarning, match="changed first, but .* select the same layers by body.0"):
         users.trainer(tmp_path, 1, [InsertEMOperator("first", verbose=False)]).fit(Named(), rows())
+
+
+@pytest.mark.parametrize(
+    "make, other",
+    [
+        (lambda: nn.LeakyReLU(0.5), lambda: nn.LeakyReLU(0.1)),
+        (lambda: nn.GELU(approximate="tanh"), lambda: nn.GELU()),
+        (lambda: nn.Sequential(nn.Tanh()), lambda: nn.Sequential(nn.Tanhshrink())),
+    ],
+)
+def test_checkpoints_tell_activations_apart_that_are_given_as_instances(make, other, tmp_path):
+    trainer = fit(tmp_path, users.MLP(), SwapActivations(make(), verbose=False))
+    trainer.save_checkpoint(tmp_path / "swapped.ckpt")
+    for again, error in ((make, None), (other, ValueError)):
+        tester = users.trainer(tmp_path, 1, [SwapActivations(again(), verbose=False)])
+        with pytest.raises(error, match="another surgery") if error else contextlib.nullcontext():
+            tester.validate(users.MLP(), users.MLP.data(), ckpt_path=tmp_path / "swapped.ckpt", verbose=False)
 
 
 class Averaged(users.MLP):

@@ -76,6 +76,14 @@ def test_em_operator(covariance, size):
     check(lambda x: operator(x).means.square().sum(), points(size))
 
 
+@pytest.mark.parametrize("sets", [2, 15, 24])  # compiled code of the M-step serves many components
+@pytest.mark.parametrize("covariance", ["full", "diag", "spherical"])
+def test_em_operator_on_sets(covariance, sets):
+    x = torch.randn(sets, 30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(sets))
+    operator = EMOperator(3, 3, num_iters=2, covariance=covariance, init="learned", residual=False).double()
+    check(lambda x: operator(x).log_prob(x).sum(), x, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("size", [40, MANY])
 @pytest.mark.parametrize("covariance", ["full", "tied"])
 def test_corrections_of_full_covariances_refuse_second_derivatives(covariance, size):

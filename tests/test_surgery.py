@@ -625,3 +625,52 @@ def test_wrong_numbers_of_calls_are_named():
     for calls in (0, -1, "all", 1.5):
         with pytest.raises(ValueError, match=f"calls={calls!r} must be"):
             swap_activations(Reused(), calls=calls)
+
+
+class Masking(nn.Module):
+    """A layer whose model sets attributes before each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.mask, self.scale = nn.Linear(4, 4), None, nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        x = self.scale * self.linear(x)
+        return x if self.mask is None else x.masked_fill(self.mask, 0.0)
+
+
+def test_attributes_that_are_set_after_an_insertion_reach_the_layer():
+    model, x = nn.Sequential(Masking(), nn.Dropout(0.5), nn.Linear(4, 4)), torch.randn(3, 5, 4)
+    plain = copy.deepcopy(model)
+    surgery = insert_em_operators(model, ["0", "1", "2"], 2, verbose=False)
+    insert_em_operators(model, "0", 3, verbose=False)  # a second wrapper around the first
+    for net in (plain, model):
+        net[0].mask = torch.arange(5)[:, None] < 2
+        net[0].scale = nn.Parameter(torch.full((4,), 3.0))
+        net[1].p = 0.0
+        net[2].bias = None
+    assert torch.equal(model(x), plain(x)) and model.eval()[1].training is False
+    assert model[0].layer.layer.mask is model[0].mask and "mask" not in vars(model[0])
+    model[0].note = 1  # a name of neither
+    assert "note" in vars(model[0])
+    surgery.undo()
+    assert model[1].p == 0.0
+
+
+def test_a_layer_with_an_operator_does_not_look_like_a_wrapper_of_adapters():
+    layer = nn.Linear(4, 4)
+    layer.base_layer, layer.rank = nn.Linear(4, 4), 2
+    model = nn.Sequential(layer)
+    insert_em_operators(model, "0", 2, verbose=False)
+    assert model[0].rank == 2 and not hasattr(model[0], "base_layer")
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_overflows_is_not_a_part_of_automatic_weights(bad):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(5, 4)
+    losses = LayerwiseLoss(model, "0", verbose=False)
+    losses.add_to(model(x).square().mean() * bad)
+    losses.add_to(model(x).square().mean())
+    other = LayerwiseLoss(model, "0", verbose=False)
+    other.add_to(model(x).square().mean())
+    assert losses.weight_of("0") == other.weight_of("0") > 0

@@ -49,7 +49,7 @@ class Change(NamedTuple):
 class Inserted(nn.Module):
     """A layer and the operator after it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
 
-    Other attributes are those of the layer, so that code which reads ``model.encoder.weight`` still works.
+    Other attributes are those of the layer, so that code which reads ``model.encoder.weight``, or sets it, still works.
     """
 
     def __init__(self, layer: nn.Module, operator: nn.Module) -> None:
@@ -66,9 +66,15 @@ class Inserted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "layer":  # not set yet, during unpickling
+            # The layer is not set yet during unpickling. By the other names, peft would take this module for its layer.
+            if name in ("layer", "base_layer", "unload_and_optionally_merge_module"):
                 raise
             return getattr(self.layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or name in vars(self) or name in self._modules or hasattr(type(self), name)
+        target = super() if own or not hasattr(self._modules.get("layer"), name) else self.layer
+        target.__setattr__(name, value)
 
 
 class CallCounter:
@@ -301,6 +307,7 @@ def change_sites(
             "path": site.path,
             "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
             "init_args": arguments_of(make),
+            "repr": repr(built) if arguments_of(make) is None else "",  # tells instances with other arguments apart
             "calls": calls,
             "target": [],  # the classes of replaced functions, filled by swap_calls
             "by": surgery.by,

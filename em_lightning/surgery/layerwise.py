@@ -298,6 +298,8 @@ class LayerwiseLoss:
                 )
             main, em = global_sum(torch.stack([_squared_norm(of_main), _squared_norm(of_em)])).sqrt().tolist()
             norms = self.norms[path]
+            if not math.isfinite(main + em):
+                continue  # half precision has overflowed, or the loss diverges: measure again in the next step
             norms.main = _MOMENTUM * norms.main + (1 - _MOMENTUM) * main
             norms.em = _MOMENTUM * norms.em + (1 - _MOMENTUM) * em
             norms.next_step = self.step + _AUTO_EVERY

@@ -95,7 +95,7 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
 
 def shown_entry(entry: Mapping[str, Any]) -> str:
     """Return an entry as text for errors, equal for entries of the same surgery."""
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''})"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or entry.get('repr', '')})"
 
 
 def use_axes(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:

@@ -246,7 +246,8 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
         # one input to another, such as from the points through the parameters.
         inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         needed = [tensor for tensor, want in zip(inputs, wanted, strict=False) if want]
-        each = iter(torch.autograd.grad(in_torch(*inputs, *ctx.others), needed, grads, create_graph=True))
+        outputs = in_torch(*inputs, *ctx.others)
+        each = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True, allow_unused=True))
         return tuple(next(each) if want else None for want in wanted)
 
     operator.register_autograd(backward, setup_context=save)
