@@ -237,7 +237,6 @@ class CausalityWatch(TorchFunctionMode):
         self._padding: dict[tuple[int, ...], int] = {}  # of convolutions that pad both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and inspect its arguments."""
         output = func(*args, **(kwargs or {}))
         self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
         return output
@@ -269,11 +268,9 @@ class CausalityWatch(TorchFunctionMode):
             self.one_sided = "sums over earlier positions"
 
 
-def _is_lower(factor: Any) -> bool:
-    """Return whether a factor is a square matrix that is zero above its diagonal only."""
-    if not isinstance(factor, Tensor) or not _is_square(factor):
-        return False
-    return not factor.triu(1).any() and bool(factor.tril(-1).any())
+def _is_lower(value: Any) -> bool:
+    """Return whether a value is a square matrix that is zero above its diagonal only."""
+    return isinstance(value, Tensor) and _is_square(value) and not value.triu(1).any() and bool(value.tril(-1).any())
 
 
 def _is_square(scores: Tensor) -> bool:
