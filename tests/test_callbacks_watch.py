@@ -265,6 +265,16 @@ def test_a_layer_that_fails_in_a_part_of_the_validation_has_no_value(tmp_path, f
     assert any(key.startswith("em_val/block") for key in trainer.callback_metrics) != fails
 
 
+def test_a_tensor_that_is_overwritten_in_place_gives_one_warning_that_names_the_selection(tmp_path):
+    model = users.MLP()
+    model.encoder[1] = torch.nn.ReLU(inplace=True)
+    trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("*.0", every_n_steps=1, verbose=False)])
+    with pytest.warns(UserWarning, match="takes no tensors of '\\*.0'.*overwritten in place") as caught:
+        trainer.fit(model, users.MLP.data())
+    assert sum("overwritten" in str(one.message) for one in caught) == 1
+    assert trainer.global_step == 3 and not any(key.startswith("em/") for key in trainer.callback_metrics)
+
+
 def test_calls_without_gradient_do_not_count_beside_one_with(tmp_path):
     class Target(users.MLP):
         def training_step(self, batch, batch_idx):

@@ -106,7 +106,7 @@ class PosteriorMonitor(Callback):
         self._last: dict[str, Tensor | None] = {}  # energies of the last call since _start, units last; None: skipped
         self._products: dict[str, Tensor] = {}  # of gradients, by layer: task @ task, EM @ EM, task @ EM
         self._task_curvatures: dict[str, dict[str, Tensor]] = {}
-        self._warned: set[str] = set()  # layers of which a warning was given
+        self._warned: set[str] = set()  # layers, or the selection, of which a warning was given
         self._undos: list[Callable[[], Any]] = []
 
     @property
@@ -129,23 +129,24 @@ class PosteriorMonitor(Callback):
         self._last[path] = None  # otherwise the metrics of its other calls would be logged as those of the layer
         self._warn_once(path, error, "skips")
 
-    def _warn_once(self, path: str, error: Exception, what: str) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
+    def _warn_once(self, where: Any, error: Exception, what: str) -> None:
+        shown = described(where)
+        if shown not in self._warned:
+            self._warned.add(shown)
+            rank_zero_warn(f"PosteriorMonitor {what} {shown}, and the run continues: {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
-    def _tolerating(self, path: str, what: str | None = None) -> Iterator[None]:
-        """Turn any exception of a layer or logger into a warning '<what> <path>'; without ``what`` skip the layer."""
+    def _tolerating(self, where: Any, what: str | None = None) -> Iterator[None]:
+        """Turn any exception of a layer or logger into a warning '<what> <where>'; without ``what`` skip the layer."""
         try:
             yield
         except Exception as error:
-            self._skip(path, error) if what is None else self._warn_once(path, error, what)
+            self._skip(where, error) if what is None else self._warn_once(where, error, what)
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
         taken: dict[str, list[Tensor]] = {}
-        with self._tolerating(described(self.where), "takes no tensors of"):  # one may be overwritten in place
+        with self._tolerating(self.where, "takes no tensors of"):  # one may be overwritten in place
             taken = self._taps.take(wanted) if self._taps else {}
         with_gradient = {path: [one for one in tensors if one.requires_grad] for path, tensors in taken.items()}
         for path, tensors in taken.items():
@@ -155,7 +156,7 @@ class PosteriorMonitor(Callback):
         if loss is not None and loss.requires_grad:
             done = {*self._products, *self._task_curvatures}  # the first loss of a step counts
             layers = {path: tensors for path, tensors in with_gradient.items() if tensors and path not in done}
-            with self._tolerating(described(self.where), "compares no gradients of"):
+            with self._tolerating(self.where, "compares no gradients of"):
                 self._compare(loss, layers)
 
     @torch.no_grad()
