@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from em_lightning import EMLoss
 from em_lightning.callbacks import EMAudit, LayerwiseEMLoss, PosteriorMonitor, SwapActivations, TemperatureSchedule
 from em_lightning.metrics import layer_metrics
+from em_lightning.scope import Audit
 from em_lightning.surgery import NoMatchError
 
 pytestmark = [
@@ -175,6 +176,14 @@ def test_an_audit_is_kept_where_its_table_cannot_be_logged(tmp_path, capsys):
         trainer.callbacks[0].on_train_batch_start(trainer, users.MLP(), next(iter(users.MLP.data())), 0)
     assert not any("em_lightning.audit" in str(warning.message) for warning in caught)
     assert trainer.callbacks[0].audit.at("encoder.1") and "encoder.1" in capsys.readouterr().out
+
+
+def test_an_audit_without_findings_is_not_taken_for_one_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("em_lightning.callbacks.watch.audit", lambda *_: Audit())
+    trainer = users.trainer(tmp_path, 1, [EMAudit(printed=False)])
+    trainer.loggers = [FullDisk(tmp_path)]
+    with pytest.warns(UserWarning, match="could not log its table.*OSError: no space left. Training continues$"):
+        trainer.callbacks[0].on_train_batch_start(trainer, users.MLP(), next(iter(users.MLP.data())), 0)
 
 
 class Returns(torch.nn.Module):

@@ -302,14 +302,14 @@ class EMAudit(Callback):
         if self.audit is not None:
             return
         self.audit = Audit()
+        what, advice = "has no table", "; call em_lightning.audit with run=..., or on a part of the model"
         try:
             self.audit = audit(pl_module, batch)
+            what, advice = "could not log its table", ""
             if self.printed and trainer.is_global_zero:
                 print(self.audit)
             table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
             for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
                 writer.add_text("em/audit", table, trainer.global_step)
         except Exception as error:  # models and loggers raise exceptions of any class
-            what = "could not log its table" if self.audit else "has no table"
-            advice = "" if self.audit else "; call em_lightning.audit with run=..., or on a part of the model"
             rank_zero_warn(f"EMAudit {what}: {type(error).__name__}: {error}. Training continues{advice}")

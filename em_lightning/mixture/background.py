@@ -58,12 +58,12 @@ class UniformBackground:
             raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K); if :math:`w_0` is estimated, scale weights without room for it to sum 1 - w_0."""
+        """Return log-weights (B, K); if :math:`w_0` is estimated, scale weights that sum to 1 to the sum 1 - w_0."""
         if not self.estimate:
             return log_weights
         log_total = log_weights.logsumexp(-1, keepdim=True)
         log_rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
-        # Weights of a fit, which have room, sum to at most 1 - _MIN_WEIGHT. The threshold is halfway from this to 1.
+        # Weights of an earlier fit, which sum to at most 1 - _MIN_WEIGHT, are kept; the threshold is halfway to 1.
         return torch.where(log_total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + log_rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, mass_of_components: Tensor, background_mass: Tensor) -> Tensor:

@@ -123,11 +123,11 @@ class Mixture:
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
         points, parameters = self._enter(x, mask)
-        log_prob = log_density(points, parameters, Likelihood(self._covariance)).to(x.dtype)  # of frames of scale 1
+        log_prob = log_density(points, parameters, Likelihood(self._covariance)).to(x.dtype)  # the scale is 1
         return log_prob if mask is None else torch.where(mask, log_prob, 0.0)
 
     def _enter(self, x: Tensor, mask: Tensor | None = None) -> tuple[Points, Parameters]:
-        """Return points and parameters in a frame at the average of the means, of scale 1: densities need no factor."""
+        """Return points and parameters in a frame at the average of the means, whose scale 1 keeps the densities."""
         check_points(self, x)
         self._check_covariances()
         means = self.means.detach().to(accumulation_dtype(x))

@@ -123,9 +123,9 @@ def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[L
     """Return ``likeliest, near, in_order``: layers whose width the units of a site may have.
 
     ``near`` is the site's own layer if it has a width, else the layers in it, else those declared before and behind it
-    in the innermost module around it that has any. ``likeliest`` are these with the best guess first, but only those
-    before the site if there are any. ``in_order``: whether the first guess can be trusted, as the width is the site's
-    own, or the site is declared between layers, which are then probably called in the order of declaration.
+    in the innermost module around it that has any. ``likeliest`` are these layers, the best guess first; of
+    layers around the site only those before it, if there are any. ``in_order``: whether the first guess can be trusted,
+    as it is the site's own layer, or there are layers before and behind the site, probably called in this order.
     """
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
