@@ -149,9 +149,8 @@ def fit_cells(
         responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
         return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
 
-    numbers_per_point = max(
-        count * num_components, points.lift(points.x[:, :, :1]).shape[1]
-    )  # K per weight, or F of phi
+    size_of_phi = points.features(points.mean.unsqueeze(2)).shape[1]  # F; without points.lift, which launches more
+    numbers_per_point = max(count * num_components, size_of_phi)
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
     mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)
     mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
