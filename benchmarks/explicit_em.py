@@ -5,14 +5,15 @@ The objective of a layer d = relu(W x~), x~ = (x, 1), over all N items is
     L(W) = mean_n F_n + V(d),  F_n = -log sum_j exp(-d_nj) = min_r sum_j r_nj (d_nj + log r_nj),
 
 with the volume terms V = -sum_j log(Var(d_j) + 1e-6) + sum_{i != j} Corr(d_i, d_j)^2, or with the bounded variance
-term sum_j log(1 + 1 / Var(d_j)). An iteration is
+term sum_j log(1 + 1 / Var(d_j)); the option --volume calls the former "published" (arXiv 2601.06478). An iteration is
 
 - E-step: r = softmin(d) at the current W. The surrogate Q(W | r) = mean_n sum_j r_nj (d_nj + log r_nj) + V(d) is an
   upper bound of L that touches it at the current W.
 - M-step: a responsibility-weighted least-squares problem for each unit. As relu(z) <= z / 2 + z^2 / (4 c) + c / 4 with
-  equality at c = |z|, the weighted energies are at most a quadratic function of w_j with matrix
-  A_j = mean_n r_nj / (2 c_nj) x~ x~^T. The volume terms enter by their gradient. The variance term also adds its
-  Gauss-Newton curvature 2 / Var(d_j), an upper bound of that of the bounded term. The step is halved until Q decreases.
+  equality at c = |z|, the weighted energies are at most a quadratic function of w_j with Hessian
+  A_j = mean_n r_nj / (2 c_nj) x~ x~^T. The volume terms enter by their gradient. The variance term also adds
+  mean_n 2 [z_nj > 0] / Var(d_j) x~ x~^T to A_j, an upper bound of its Hessian. So does the bounded variance term, whose
+  Hessian is at most 1.125 times this. The step is halved until Q decreases.
 
 So L(W') <= Q(W' | r) <= Q(W | r) = L(W): the objective never increases (`tests/test_composition.py` verifies this).
 
@@ -40,7 +41,7 @@ VOLUMES = {
     "bounded": EMLoss(free_energy=0.0, variance=0.0, bounded_variance=1.0),
 }
 ENERGY = EMLoss(variance=0.0, decorrelation=0.0, reduction="mean")
-SMALLEST_DISTANCE = 1e-2  # bound of c: |z| = 0 would give an infinite weight, and a larger c is still an upper bound
+SMALLEST_C = 1e-2  # lower bound of c, as c = |z| = 0 would give an infinite weight; any c gives an upper bound
 RIDGE = 1e-6  # relative to the mean of the diagonal of A_j, which is singular where pixels are constant
 MAX_HALVINGS = 30  # a step of 2^-30 is below the rounding of float32
 DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
@@ -77,11 +78,11 @@ def surrogate(weights: Tensor, x: Tensor, responsibilities: Tensor, volume: EMLo
 
 
 def least_squares(weights: Tensor, x: Tensor, responsibilities: Tensor) -> Tensor:
-    """Return the matrices (K, D + 1, D + 1) of the M-step: A_j, the curvature of the variance term, and a ridge."""
+    """Return the matrices (K, D + 1, D + 1) of the M-step: A_j with the part of the variance term, and a ridge."""
     z = x @ weights.T
     d = z.relu()
     variance = d.var(0) + 1e-6
-    per_item = responsibilities / (2 * z.abs().clamp_min(SMALLEST_DISTANCE)) + 2 / variance * (z > 0)
+    per_item = responsibilities / (2 * z.abs().clamp_min(SMALLEST_C)) + 2 / variance * (z > 0)
     matrices = torch.stack([(x * column[:, None]).T @ x for column in per_item.unbind(1)]) / len(x)
     ridge = RIDGE * matrices.diagonal(dim1=1, dim2=2).mean(1)
     return matrices + ridge[:, None, None] * torch.eye(x.shape[1], dtype=x.dtype)
@@ -199,8 +200,8 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
                 fits.setdefault(f"{optimizer} {rate:g}", []).append(fit)
     best = {}
     for optimizer in ("SGD", "Adam"):
-        ends = {key: sum(map(final, fits[key])) for key in fits if key.startswith(optimizer)}
-        best[optimizer] = min(ends, key=lambda key: float("inf") if math.isnan(ends[key]) else ends[key])
+        totals = {key: sum(map(final, fits[key])) for key in fits if key.startswith(optimizer)}
+        best[optimizer] = min(totals, key=lambda key: float("inf") if math.isnan(totals[key]) else totals[key])
     of_sgd, of_em = (list(map(final, fits[key])) for key in (best["SGD"], "explicit EM"))
     for key, found in fits.items():
         ends = torch.tensor(list(map(final, found)))
@@ -212,20 +213,29 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
             "data": f"{name}, {options.volume}",
             "method": key + (" (best rate)" if key in best.values() else ""),
             "final objective": f"{ends.mean():.2f} ± {ends.std():.2f}",
-            "s to SGD's final objective": _mean([time_to(fit.curve, v) for fit, v in zip(found, of_sgd, strict=True)]),
-            "s to explicit EM's": _mean([time_to(fit.curve, v) for fit, v in zip(found, of_em, strict=True)]),
-            "iterations or epochs": _mean([len(fit.curve) - 1 for fit in found]),
+            "s to SGD's final objective": _mean_or_never(
+                [time_to(fit.curve, value) for fit, value in zip(found, of_sgd, strict=True)]
+            ),
+            "s to explicit EM's": _mean_or_never(
+                [time_to(fit.curve, value) for fit, value in zip(found, of_em, strict=True)]
+            ),
+            "iterations or epochs": _mean_or_never([len(fit.curve) - 1 for fit in found]),
             "probe %": f"{100 * sum(scores) / len(scores):.2f}" if scores else "",
-            "dead units": _mean([int((d.var(0) < DEAD_VARIANCE).sum()) for _, d in features]),
-            "free energy": _mean([float(softmin(d).free_energy.mean()) for d, _ in features]),
-            "active units": _mean([float((d > ACTIVE_SHARE * d.std()).float().sum(1).mean()) for d, _ in features]),
-            "kurtosis": _mean([float(((d - d.mean(0)) / d.std(0).clamp_min(1e-9)).pow(4).mean()) for d, _ in features]),
-            "barrier to explicit EM": _mean(barriers),
+            "dead units": _mean_or_never([int((d.var(0) < DEAD_VARIANCE).sum()) for _, d in features]),
+            "free energy": _mean_or_never([float(softmin(d).free_energy.mean()) for d, _ in features]),
+            "active units": _mean_or_never(
+                [float((d > ACTIVE_SHARE * d.std()).float().sum(1).mean()) for d, _ in features]
+            ),
+            "kurtosis": _mean_or_never(
+                [float(((d - d.mean(0)) / d.std(0).clamp_min(1e-9)).pow(4).mean()) for d, _ in features]
+            ),
+            "barrier to explicit EM": _mean_or_never(barriers),
         })  # fmt: skip
     return rows
 
 
-def _mean(values: list[float]) -> str:
+def _mean_or_never(values: list[float]) -> str:
+    """Return the mean as text, or "never" if one of the values is an infinite time."""
     return "never" if max(values) == float("inf") else f"{sum(values) / len(values):.3g}"
 
 

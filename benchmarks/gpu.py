@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --table docs/results/gpu.md and writes the tables to a page
     python benchmarks/gpu.py --device cpu --scale 0.001  a dry run at toy size
 
-Errors are of float32 against float64 on the CPU, relative to the largest value: plain, with Triton kernels, with TF32
-products allowed (``torch.set_float32_matmul_precision("high")``), under bf16 and fp16 autocast, and with deterministic
-algorithms. Times are medians of repeats over rotating inputs, measured with CUDA events. Launches and synchronizations
-are counted by torch.profiler. A step that fails is reported, and the next one runs.
+Errors are differences between float32 and float64 on the CPU, relative to the largest value, in six settings: plain
+float32, Triton kernels, TF32 products allowed (``torch.set_float32_matmul_precision("high")``), bf16 and fp16 autocast,
+and deterministic algorithms. Times are medians of repeats over rotating inputs, measured with CUDA events. Launches and
+synchronizations are counted by torch.profiler. A step that fails is reported, and the next one runs.
 """
 
 import argparse
@@ -47,10 +47,10 @@ def setting(name, device):
         torch.use_deterministic_algorithms(False)
 
 
-def under(name, device, call, *arguments):
-    """Return the result of a call under one of the settings."""
+def call_under(name, function, device, *arguments):
+    """Return ``function(device, *arguments)`` under one of the settings."""
     with setting(name, device):
-        return call(device, *arguments)
+        return function(device, *arguments)
 
 
 def components(scale):
@@ -72,14 +72,14 @@ def components(scale):
     for registry, kind in ((COMPETITIONS, "competition"), (ACTIVATIONS, "activation")):
         found |= {f"{kind} {key}": (registry.build(key), energies) for key in registry}
     found |= {
-        f"kernel {key}": (_Distances(key), torch.randn(256, 8))
+        f"kernel {key}": (_Energies(key), torch.randn(256, 8))
         for key in KERNELS
         if key not in ("learned", "mahalanobis")  # these need arguments
     }
     return found
 
 
-class _Distances(nn.Module):
+class _Energies(nn.Module):
     """Energies of the first half of the items under centers at the second half."""
 
     def __init__(self, key):
@@ -183,7 +183,7 @@ def launches_and_waits(call, given, device):
 
 
 def workloads(scale):
-    """Return, by name, a function from T to an operator, and the shape of the points."""
+    """Return, by name, a function from the number of iterations to an operator, and the shape of the points."""
     sets, rows = max(int(256 * scale), 2), max(int(1_000_000 * scale), 2000)
     plain = {"residual": False}
     return {
@@ -195,7 +195,7 @@ def workloads(scale):
         "1M x 16, K = 64, full": (lambda t: EMOperator(64, 16, num_iters=t, **plain), (1, rows, 16)),
         "1M x 128, K = 1,024, spherical": (
             lambda t: EMOperator(1024, 128, covariance="spherical", num_iters=t, init="random", seed=0, **plain),
-            (1, max(rows, 4000), 128),
+            (1, max(rows, 4000), 128),  # more points than components in a dry run
         ),
     }
 
@@ -250,7 +250,7 @@ def graph(device, scale):
     if device != "cuda":
         return {"CUDA graph": "not on this device"}
     found, clock = {}, Clock(device, repeats=20)
-    # Without the last workload, whose launches take no time beside its products.
+    # Without the last workload, whose matrix products take so long that a graph, which saves launches, gains nothing.
     for name, (make, shape) in list(workloads(scale).items())[:3]:
         try:
             x = torch.randn(shape, device=device)
@@ -298,10 +298,10 @@ def main():
     steps = {
         "Machine": lambda: {"this machine": machine(device, scale)},
         "Times": lambda: times(device, scale, arguments.repeats),
-        "Times of Triton kernels": lambda: under("Triton kernels", device, times, scale, arguments.repeats),
+        "Times of Triton kernels": lambda: call_under("Triton kernels", times, device, scale, arguments.repeats),
         "Milliseconds per iteration in a CUDA graph": lambda: {
             "forward": graph(device, scale),
-            "forward, Triton kernels": under("Triton kernels", device, graph, scale),
+            "forward, Triton kernels": call_under("Triton kernels", graph, device, scale),
         },
         "Largest relative errors": lambda: errors(device, scale),
     }

@@ -100,8 +100,8 @@ def cauchy_tails(clouds):
     """
     starts = {"farthest": {"init": "farthest"}, "kmeans++": {"init": "kmeans++"}, "random": {"init": "random"}}
     starts["best of 20 kmeans++"] = {"init": "kmeans++", "num_starts": 20}
-    weights = {"weight_concentration": 10.0, "mean_strength": 0.0, "covariance_strength": 0.0}
-    priors = {"no prior": None, "covariance, strength 1": {"covariance_strength": 1.0}, "weights, 10": weights}
+    on_weights = {"weight_concentration": 10.0, "mean_strength": 0.0, "covariance_strength": 0.0}
+    priors = {"no prior": None, "covariance, strength 1": {"covariance_strength": 1.0}, "weights, 10": on_weights}
     print(f"| start | {' | '.join(priors)} |\n|---|---|---|---|")
     torch.manual_seed(0)
     points = torch.distributions.StudentT(1.0).sample((clouds, 400, 2)) + 10 * torch.randint(0, 2, (clouds, 400, 1))

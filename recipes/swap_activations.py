@@ -5,8 +5,8 @@
     em-lightning run swap_activations --config comparison --data.root PATH/TO/mnist
 
 The callback SwapActivations changes the classifier without editing its code. Afterwards the same network with its
-ReLUs is trained from the same weights, and the report compares the two; --report.baseline=false omits this. The
-variant comparison runs every activation in a network with two hidden layers and in a small convolutional network, with
+ReLUs is trained from the same weights, and the report compares the two; --report.baseline=false omits this. The variant
+`comparison` runs every activation in a network with two hidden layers and in a small convolutional network, with
 several seeds, and reports accuracy, calibration, dead units, redundancy and effective rank. Without --data.root MNIST
 is downloaded.
 """
@@ -115,6 +115,7 @@ def _mlp(shape: Sequence[int], num_classes: int, width: int) -> dict[str, nn.Mod
 def _cnn(shape: Sequence[int], num_classes: int, width: int) -> dict[str, nn.Module]:
     positions = math.prod(math.ceil(size / 4) for size in shape[1:])  # two convolutions of stride 2
     return {
+        # The names of _mlp, so that the same selections fit both networks.
         "linear1": nn.Conv2d(shape[0], width, 5, stride=2, padding=2),
         "activation1": nn.ReLU(),
         "linear2": nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
@@ -174,7 +175,7 @@ class SwapReport(LayerReport):
         )
         return findings._replace(rows=rows, verdict=verdict, facts={**findings.facts, "baseline": relu})
 
-    @torch.enable_grad()
+    @torch.enable_grad()  # Report calls report() under no_grad
     def values_of_baseline(self, trainer: Any, module: Any) -> dict[str, float]:
         """Train the network with its ReLUs from the same weights, and return its metrics."""
         names = inspect.signature(ImageClassifier).parameters

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from em_lightning import EMLoss
 from em_lightning.callbacks import EMAudit, LayerwiseEMLoss, PosteriorMonitor, SwapActivations, TemperatureSchedule
 from em_lightning.metrics import layer_metrics
+from em_lightning.scope import Audit
 from em_lightning.surgery import NoMatchError
 
 pytestmark = [
@@ -177,6 +178,14 @@ def test_an_audit_is_kept_where_its_table_cannot_be_logged(tmp_path, capsys):
     assert trainer.callbacks[0].audit.at("encoder.1") and "encoder.1" in capsys.readouterr().out
 
 
+def test_an_audit_without_findings_is_not_taken_for_one_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("em_lightning.callbacks.watch.audit", lambda *_: Audit())
+    trainer = users.trainer(tmp_path, 1, [EMAudit(printed=False)])
+    trainer.loggers = [FullDisk(tmp_path)]
+    with pytest.warns(UserWarning, match="could not log its table.*OSError: no space left. Training continues$"):
+        trainer.callbacks[0].on_train_batch_start(trainer, users.MLP(), next(iter(users.MLP.data())), 0)
+
+
 class Returns(torch.nn.Module):
     def __init__(self, change):
         super().__init__()
@@ -263,6 +272,16 @@ def test_a_layer_that_fails_in_a_part_of_the_validation_has_no_value(tmp_path, f
         trainer.validate(Model(), users.MLP.data(), verbose=False)
     assert any("skips 'block'" in str(one.message) for one in caught) == fails
     assert any(key.startswith("em_val/block") for key in trainer.callback_metrics) != fails
+
+
+def test_a_tensor_that_is_overwritten_in_place_gives_one_warning_that_names_the_selection(tmp_path):
+    model = users.MLP()
+    model.encoder[1] = torch.nn.ReLU(inplace=True)
+    trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("*.0", every_n_steps=1, verbose=False)])
+    with pytest.warns(UserWarning, match="takes no tensors of '\\*.0'.*overwritten in place") as caught:
+        trainer.fit(model, users.MLP.data())
+    assert sum("overwritten" in str(one.message) for one in caught) == 1
+    assert trainer.global_step == 3 and not any(key.startswith("em/") for key in trainer.callback_metrics)
 
 
 def test_calls_without_gradient_do_not_count_beside_one_with(tmp_path):

@@ -14,6 +14,7 @@ from em_lightning import ACTIVATIONS
 from em_lightning.surgery import (
     LayerwiseLoss,
     NoMatchError,
+    UnitAxis,
     apply_plan,
     insert_em_operators,
     recorded_plan,
@@ -330,6 +331,34 @@ def test_layer_wise_losses_keep_their_axes_in_their_state():
     first.remove()
     second.add_to(model(torch.randn(2, 6, 6)).sum())
     assert second.dims == {"0": -1}
+
+
+MAP, ROWS = nn.Conv1d(1, 1, 1), nn.Linear(1, 1)  # layers with units on axis 1 and on the last; widths stand beside them
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths", "near", "in_order", "expected"),
+    [
+        ((2, 5, 7), [7], [], False, -1),  # no type: the width decides
+        ((2, 5, 7), [7, 5], [], False, -1),  # the likelier width
+        ((2, 5, 7), [3, 5], [(MAP, 5)], False, 1),  # the likeliest width that occurs; the type agrees
+        ((2, 5, 7), [5], [(ROWS, 7)], True, None),  # the type contradicts
+        ((2, 5, 7), [5, 7], [(MAP, 5), (ROWS, 7)], True, 1),  # both types: the order of the widths decides
+        ((2, 5, 7), [5, 7], [(MAP, 5), (ROWS, 7)], False, None),  # unless it cannot be trusted
+        ((2, 5, 5), [5], [(MAP, 5)], True, None),  # the width names both axes
+        ((2, 5, 9, 7), [7, 5], [(MAP, 5)], True, 1),  # the width of an image equals that of a layer by chance
+        ((2, 5, 9, 5), [5], [(MAP, 5)], False, 1),
+        ((2, 5, 9, 7), [7], [(ROWS, 7)], False, -1),
+        ((2, 5, 7), [3], [], True, None),
+    ],
+)
+def test_widths_and_types_of_layers_decide_the_axis_together(shape, widths, near, in_order, expected):
+    axis = UnitAxis("layer", widths, near=near, in_order=in_order)
+    if expected is not None:
+        assert axis(shape) == expected
+    else:
+        with pytest.raises(ValueError, match="dim='auto' needs one of axes 1 and -1 of 'layer'"):
+            axis(shape)
 
 
 def test_axes_that_widths_do_not_decide_are_refused():

@@ -23,9 +23,9 @@ from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
-_MAX_ITEMS = 64  # items per batch whose curvature is computed, as feature maps have one per position; chosen
-# If ten other eigenvalues are 0.7 times the largest, the result is 0.9 % too low (median over starts); if 1000, 23 %.
-_POWER_STEPS = 10  # Hessian-vector products per layer
+_MAX_ITEMS = 64  # of a batch whose curvature is computed, as each position of a feature map is an item; chosen
+# Hessian-vector products per layer. With ten eigenvalues at 0.7 times the largest, 10 products give a spectral norm
+_POWER_STEPS = 10  # that is 0.9 % too low (median over starts); with 1000 such eigenvalues, 23 %.
 
 
 def tensorboard_writers(trainer: Any) -> list[Any]:
@@ -60,19 +60,19 @@ class PosteriorMonitor(Callback):
     histogram of the last batch. A layer that cannot be measured is skipped with a warning.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
-    T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``
-    :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|` and the ``cosine`` of the
+    temperature 1 for up to 64 items of this rank's batch. With ``loss`` it logs, for the global batch, ``dominance``,
+    :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|`, and the ``cosine`` of the
     two gradients, the EM loss with weight 1. The task's loss is the result of ``training_step`` or the loss of the
     first ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
     With ``task_curvature`` it logs N times the spectral norm of the Hessian of the task's loss with respect to the d of
-    this rank's N items, by power iteration. For a mean of one loss per item it is the largest norm of their Hessians.
+    this rank's N items, by power iteration: if that loss is a mean over items, the largest norm of an item's Hessian.
 
     Args:
         where: the layers, see :func:`~em_lightning.surgery.find_modules`.
         dim: the axis of the units, or "auto", see :class:`~em_lightning.surgery.UnitAxis`.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
-        task_curvature: whether to log the curvature of the task's loss, at the cost of about twenty backward passes.
+        task_curvature: whether to log the curvature of the task's loss, which takes about 20 backward passes per layer.
         verbose: whether to print a line per layer at the first batch.
 
     Raises:
@@ -103,10 +103,10 @@ class PosteriorMonitor(Callback):
         self._taps: Taps | None = None
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
-        self._last: dict[str, Tensor | None] = {}  # energies of a layer's last call, units last; None if it is skipped
+        self._last: dict[str, Tensor | None] = {}  # energies of the last call since _start, units last; None: skipped
         self._products: dict[str, Tensor] = {}  # of gradients, by layer: task @ task, EM @ EM, task @ EM
         self._task_curvatures: dict[str, dict[str, Tensor]] = {}
-        self._warned: set[str] = set()  # layers of which a warning was given
+        self._warned: set[str] = set()  # layers, or the selection, of which a warning was given
         self._undos: list[Callable[[], Any]] = []
 
     @property
@@ -129,33 +129,34 @@ class PosteriorMonitor(Callback):
         self._last[path] = None  # otherwise the metrics of its other calls would be logged as those of the layer
         self._warn_once(path, error, "skips")
 
-    def _warn_once(self, path: str, error: Exception, what: str) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
+    def _warn_once(self, where: Any, error: Exception, what: str) -> None:
+        shown = described(where)
+        if shown not in self._warned:
+            self._warned.add(shown)
+            rank_zero_warn(f"PosteriorMonitor {what} {shown}, and the run continues: {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
-    def _tolerating(self, path: str, what: str | None = None) -> Iterator[None]:
-        """Warn of any exception, of layers with any dtype and shape and of loggers; without ``what`` skip the layer."""
+    def _tolerating(self, where: Any, what: str | None = None) -> Iterator[None]:
+        """Turn any exception of a layer or logger into a warning '<what> <where>'; without ``what`` skip the layer."""
         try:
             yield
         except Exception as error:
-            self._skip(path, error) if what is None else self._warn_once(path, error, what)
+            self._skip(where, error) if what is None else self._warn_once(where, error, what)
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
         taken: dict[str, list[Tensor]] = {}
-        with self._tolerating(described(self.where)):  # a tensor may have been overwritten in place
+        with self._tolerating(self.where, "takes no tensors of"):  # one may be overwritten in place
             taken = self._taps.take(wanted) if self._taps else {}
         with_gradient = {path: [one for one in tensors if one.requires_grad] for path, tensors in taken.items()}
         for path, tensors in taken.items():
             with self._tolerating(path):
-                for tensor in with_gradient[path] or tensors:
+                for tensor in with_gradient[path] or tensors:  # without calls under no_grad, such as of a teacher
                     self._measure(path, tensor.detach())
         if loss is not None and loss.requires_grad:
             done = {*self._products, *self._task_curvatures}  # the first loss of a step counts
             layers = {path: tensors for path, tensors in with_gradient.items() if tensors and path not in done}
-            with self._tolerating(described(self.where), "compares no gradients of"):
+            with self._tolerating(self.where, "compares no gradients of"):
                 self._compare(loss, layers)
 
     @torch.no_grad()
@@ -229,7 +230,7 @@ class PosteriorMonitor(Callback):
             writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to get the loss without EM losses."""
+        """Wrap ``training_step`` inside the wrapper of :class:`LayerwiseEMLoss`, which adds EM losses to its result."""
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = proceed(*args, **kwargs)
@@ -242,7 +243,7 @@ class PosteriorMonitor(Callback):
             self._undos.append(wrap(pl_module, "training_step", training_step))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Wrap ``manual_backward`` after :class:`LayerwiseEMLoss` did, to get the loss without EM losses."""
+        """Wrap ``manual_backward`` around the wrapper of :class:`LayerwiseEMLoss`, which adds EM losses to its loss."""
 
         def manual_backward(proceed: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._taps is None:
@@ -301,14 +302,14 @@ class EMAudit(Callback):
         if self.audit is not None:
             return
         self.audit = Audit()
+        what, advice = "has no table", "; call em_lightning.audit with run=..., or on a part of the model"
         try:
             self.audit = audit(pl_module, batch)
+            what, advice = "could not log its table", ""
             if self.printed and trainer.is_global_zero:
                 print(self.audit)
             table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
             for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
                 writer.add_text("em/audit", table, trainer.global_step)
         except Exception as error:  # models and loggers raise exceptions of any class
-            what = "could not log its table" if self.audit else "has no table"
-            advice = "" if self.audit else "; call em_lightning.audit with run=..., or on a part of the model"
             rank_zero_warn(f"EMAudit {what}: {type(error).__name__}: {error}. Training continues{advice}")

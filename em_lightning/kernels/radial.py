@@ -39,7 +39,7 @@ class GaussianKernel(EllipticalKernel):
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
-        return 0.5 * squared_distance
+        return 0.5 * squared_distance  # without the scale, which an estimated covariance replaces, see EllipticalKernel
 
     def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return torch.ones_like(squared_distance)
@@ -87,8 +87,8 @@ class StudentTKernel(EllipticalKernel):
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
         df, half = self.df, num_features / 2
         exponent = torch.as_tensor(self._exponent(df, num_features), dtype=df.dtype)
-        log_volume = half * (math.pi * df).log() + num_features * self.scale.log()
-        return log_volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
+        log_power = half * (math.pi * df).log() + num_features * self.scale.log()  # of pi nu s^2
+        return log_power + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
     elliptical_log_normalizer = log_normalizer
 

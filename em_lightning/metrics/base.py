@@ -44,7 +44,7 @@ class MeanOfItems(Float64Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Weighted sum, sum of weights, and NaN, which equals nothing: MetricCollection merges metrics of equal states.
+        # Weighted sum, sum of weights, and a NaN, which keeps MetricCollection from merging metrics of equal states.
         self.add_state("sums", torch.tensor([0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -61,9 +61,9 @@ class MeanOfItems(Float64Metric):
 
 
 class UnitMoments(Float64Metric):
-    """Count, mean and co-moments of the units over all items; a subclass defines a ``_statistic`` of their covariance.
+    """Moments of the units over all n items; a subclass defines a ``_statistic`` of their covariance.
 
-    The value is NaN for fewer than two items.
+    The moments (D + 1, D + 1) are [[n, mean^T], [mean, sum of (x - mean)(x - mean)^T]]. The value is NaN for n < 2.
     """
 
     moments: Tensor
@@ -111,10 +111,7 @@ class UnitMoments(Float64Metric):
 
 
 def _merge(stack: Tensor) -> Tensor:
-    """Merge moments (R, D + 1, D + 1) of R disjoint samples, by the pairwise update of Chan, Golub and LeVeque (1983).
-
-    The moments of a sample are [[n, mean^T], [mean, sum of (x - mean)(x - mean)^T]].
-    """
+    """Merge moments (R, D + 1, D + 1) of R disjoint samples by the updates of Chan, Golub and LeVeque (1983)."""
     counts, means = stack[:, 0, 0], stack[:, 0, 1:]
     mean = counts @ means / counts.sum().clamp_min(torch.finfo(stack.dtype).tiny)
     centred = (means - mean) * counts[:, None].sqrt()

@@ -58,12 +58,12 @@ class UniformBackground:
             raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K) of components; if :math:`w_0` is estimated, reduce a sum of 1 to 1 - w_0."""
+        """Return log-weights (B, K); if :math:`w_0` is estimated, scale weights that sum to 1 to the sum 1 - w_0."""
         if not self.estimate:
             return log_weights
         log_total = log_weights.logsumexp(-1, keepdim=True)
         log_rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
-        # Scaled weights sum to at most 1 - _MIN_WEIGHT. The threshold halfway from this sum to 1 tolerates round-off.
+        # Weights of an earlier fit, which sum to at most 1 - _MIN_WEIGHT, are kept; the threshold is halfway to 1.
         return torch.where(log_total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + log_rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, mass_of_components: Tensor, background_mass: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ class UniformBackground:
 
     def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in their units."""
-        points = prepare(x, lambda z: z, mask, weights, with_moments=False)  # a background uses no features
-        return points.log_volume() - self._log_density(points)
+        points = prepare(x, lambda z: z, mask, weights, with_moments=False)  # it needs no phi(z)
+        return points.log_jacobian() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
         """Return the terms of this background; ``log_weights`` (B, K) are those of the components.
@@ -90,13 +90,13 @@ class UniformBackground:
         else:
             log_weight = torch.full_like(points.mass, math.log(self.weight))
             log_rest = torch.full_like(points.mass, math.log1p(-self.weight))
-        log_density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
+        log_density = self._log_density(points) if energies is None else points.log_jacobian() - energies.to(log_weight)
         return BackgroundTerms(log_joint=log_density + log_weight, log_weight=log_weight, log_rest=log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
         """Return the log-density (B,) of the background, a constant on each set, in frame coordinates."""
         if self.energy is not None:
-            return points.log_volume() - self.energy
+            return points.log_jacobian() - self.energy
         z = points.coordinates()
         low = high = z
         if points.weights is not None:

@@ -122,7 +122,7 @@ def e_step(
         if respond is None:
             responsibilities = (joint / temperature if tempered else joint).softmax(1)
         else:  # competitions may depend on the unit of the densities: convert to the user's units
-            responsibilities = respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
+            responsibilities = respond(joint - points.log_jacobian()[sets, None, None]).to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
             log_p = joint.logsumexp(1)
@@ -197,7 +197,7 @@ def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Like
     """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in the user's units."""
     theta, peak = likelihood.family.natural_parameters(parameters)
     joint, _ = log_joint(points.lift(), theta, peak, points.num_features, likelihood.kernel)
-    return (with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]).mT
+    return (with_background(joint, likelihood.background or ()) - points.log_jacobian()[:, None, None]).mT
 
 
 def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:

@@ -156,7 +156,7 @@ class StreamedEM(NamedTuple):
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
-            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in the user's units
+            log_likelihood = statistics.log_likelihood - points.log_jacobian() * points.mass  # in the user's units
             return statistics._replace(log_likelihood=log_likelihood)
 
     def m_step(

@@ -16,7 +16,7 @@ from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Parameters, Points, features_first
 
-# The core of a cell: points whose squared distance from the center is at most this fraction of the cell's mean. Without
+# The core of a cell: points whose squared distance from the center is at most this fraction of its mean. Without
 # cores, fits to samples of random mixtures lose 0.04 to 0.09 nats per point after 5 iterations; with fractions from 0.3
 # to 0.6, the log-likelihood differs from that with 0.4 by -0.07 to 0.03.
 _CORE = 0.4
@@ -66,13 +66,15 @@ def kmeans_plus_plus(
     centers: list[Tensor] = []
     for numbers in uniform:
         total = cumulative_sum(potential.double(), -1)
-        below = numbers * total[:, -1:]  # less than the total even after rounding, as the numbers are at most 1 - 1e-15
-        rows = torch.searchsorted(total, below, right=True).clamp(max=x.shape[1] - 1)
+        thresholds = (
+            numbers * total[:, -1:]
+        )  # less than the total even after rounding, as the numbers are at most 1 - 1e-15
+        rows = torch.searchsorted(total, thresholds, right=True).clamp(max=x.shape[1] - 1)
         candidates = _pick(points, rows if centers else rows[:, :1])
         lowered = _lower_distances(distances, points, candidates)
         best = (lowered * weights.unsqueeze(1)).sum(-1).argmin(1, keepdim=True)
         distances = _pick(lowered.mT, best).squeeze(-1)
-        potential = distances.clamp(min=torch.finfo(x.dtype).tiny) * weights  # the weights where all distances are 0
+        potential = distances.clamp(min=torch.finfo(x.dtype).tiny) * weights  # if all distances are 0, as the weights
         centers.append(_pick(candidates, best))
     return torch.cat(centers, 2).mT
 
@@ -105,7 +107,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     """Return a mixture around centers (B, K, D) in frame coordinates, differentiable in the points.
 
     A cell holds the points nearest to a center; its core those whose squared distance is at most ``_CORE`` times the
-    cell's mean, because points of other clusters at the rim slow down EM. Each component has the weight of its cell. If
+    mean one, because points of other clusters at the rim slow down EM. Each component has the weight of its cell. If
     the core has more than 2 D points, the component has the mean and covariance of the core, which is scaled to the
     trace of the cell's covariance; otherwise it has those of the cell. A cell of at most D points gets a spherical
     covariance instead of a singular one: the mean squared distance of all points from their centers, per feature. A
@@ -124,7 +126,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     (mass, core_mass), (log_weights, _), (means, core_means), pair = (part.chunk(2) for part in fitted)
     has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
     covariances, core_covariances = pair
-    if covariance.sharing(num_components) == 1:  # each has its own; a shared one is that of all cells together
+    if covariance.sharing(num_components) == 1:  # else fit_cells gave the covariance of all cells together
         trace, core_trace = (unrestricted.diagonal(part, num_features).sum(-1) for part in pair)
         of_cores = unrestricted.scaled(core_covariances, trace / core_trace)  # unscaled, they are too narrow
         second_moment = trace + (means - _with_gradient(points, centers, cell, distances)).square().sum(-1)
@@ -147,11 +149,13 @@ def fit_cells(
         responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
         return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
 
-    numbers_per_point = max(count * num_components, points.lift(points.x[:, :, :1]).shape[1])  # K per weight, or F
+    size_of_phi = points.features(points.mean.unsqueeze(2)).shape[1]  # F; without points.lift, which launches more
+    numbers_per_point = max(count * num_components, size_of_phi)
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
     mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)
-    mass, unused = mass.squeeze(-1), torch.zeros_like(points.mass)
-    statistics = SufficientStatistics(mass, mass, first, second, unused, unused, num_points=unused)  # IRLS weights 1
+    mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
+    unused = {"log_likelihood": zeros, "background_mass": zeros, "num_points": zeros}  # by the M-step below
+    statistics = SufficientStatistics(mass, zeroth=mass, first=first, second=second, **unused)  # IRLS weights are 1
     before = family.expand(points.variance.repeat(count, 1), num_components)
     return mass, *m_step(statistics, family, floor.repeat(count), before)
 

@@ -24,10 +24,10 @@ class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
     Densities have the points' dtype and derivatives of every order. Rounding changed log-densities by up to 7e-5 for
-    components 1e6 standard deviations apart (.06 if C++ code read float32 points), and by up to 3.4 for 1e8 (float64).
+    two components 1e6 standard deviations apart (.06 for float32 points in C++ code), and by up to 7.3 for 1e8.
 
     Args:
-        log_weights: :math:`\log \pi` (B, K), normalized over components.
+        log_weights: :math:`\log \pi` (B, K); weights sum to 1, or to 1 - w_0 beside an estimated background.
         means: (B, K, D).
         covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D), by their shape.
 
@@ -123,19 +123,16 @@ class Mixture:
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
         points, parameters = self._enter(x, mask)
-        log_prob = log_density(points, parameters, Likelihood(self._covariance)) - points.log_volume().unsqueeze(1)
-        log_prob = log_prob.to(x.dtype)
+        log_prob = log_density(points, parameters, Likelihood(self._covariance)).to(x.dtype)  # the scale is 1
         return log_prob if mask is None else torch.where(mask, log_prob, 0.0)
 
     def _enter(self, x: Tensor, mask: Tensor | None = None) -> tuple[Points, Parameters]:
-        """Return points and parameters in coordinates whose origin is the average of the means."""
+        """Return points and parameters in a frame at the average of the means, whose scale 1 keeps the densities."""
         check_points(self, x)
         self._check_covariances()
         means = self.means.detach().to(accumulation_dtype(x))
         frame = Frame(center=means.mean(1), scale=means.new_ones(self.sets))
-        x = x.expand(self.sets, -1, -1)
-        phi = self._covariance.features
-        points = prepare(x, phi, mask, frame=frame, with_moments=False)
+        points = prepare(x.expand(self.sets, -1, -1), self._covariance.features, mask, frame=frame, with_moments=False)
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
@@ -158,7 +155,7 @@ class Mixture:
         """Draw ``n`` points from each mixture, as (B, n, D)."""
         if n < 0:
             raise ValueError(f"n={n} must be at least 0")
-        chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]  # draws >= 1
+        chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]  # refuses 0
         means = self.means
         noise = torch.randn(self.sets, n, self.features, generator=generator, dtype=means.dtype, device=means.device)
         sets = torch.arange(self.sets, device=chosen.device).unsqueeze(1)

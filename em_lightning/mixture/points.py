@@ -104,8 +104,8 @@ class Points(NamedTuple):
         """Return the root of the mean variance over features (B,), at least ``eps``."""
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
-    def log_volume(self) -> Tensor:
-        """Return ``D log(scale)`` (B,), which is subtracted to convert log-densities to the user's units."""
+    def log_jacobian(self) -> Tensor:
+        """Return ``log |dx/dz| = D log(scale)`` (B,), which is subtracted from log-densities of z to get those of x."""
         return self.num_features * self.frame.scale.log()
 
 

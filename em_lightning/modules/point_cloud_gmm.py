@@ -25,23 +25,24 @@ _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strengt
 # Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far points do
 # not dominate the gradient. With the pretrained model, 0.7 % of points (clouds of 64) or 0.05 % (1,024) lie below it.
 _LOG_DENSITY_LIMIT = -6.0
-# Largest numbers of pieces per training batch that is cut and of held-out points per piece, to limit time and memory.
+# Limits of time and memory if training batches are cut: pieces per batch, and held-out points per piece.
 _MAX_PIECES, _MAX_HELD_OUT = 64, 256  # chosen, not measured
 # With n < 256 points in the largest cloud of a batch, EM converges sooner: classical iterations are in proportion to n.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20  # chosen, not measured
-# Clouds are rescaled if half of their longest side, rounded up to a power of two, is below 0.5 or above 8. Unscaled
-# validation clouds of half the size lost up to 0.1 nats per point (0.2 without noise; pretrained model), larger none.
-_LEAST_SCALE, _MOST_SCALE = 0.5, 8.0
+# Clouds are rescaled if half of their longest side, rounded up to a power of two, is outside of these limits. Unscaled,
+# clouds of radius 1/4, 1/2, 8 and 32 lost up to .1, .03, .02 and .05 nats per point against radius 1 (noise .02).
+_LEAST_SCALE, _MOST_SCALE = 0.5, 8.0  # chosen
 
 
 class PointCloudGMM(EMModule):
     r"""Train an :class:`~em_lightning.EMOperator` to fit Gaussian mixtures to point clouds.
 
     Classical EM iterations without gradient are followed by a few learned ones. The loss is the negative mean
-    log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
-    so that the operator learns the density of a shape and does not overfit the points that it is given. Before
-    training, the learned iterations are those of classical EM under ``prior``. Clouds whose largest coordinate range is
-    at most .5 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` seeds the starts.
+    log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape
+    (in training, log-densities below -6 count less), so that the operator learns the density of a shape and does not
+    overfit the points that it is given. Before training, the learned iterations are those of classical EM under
+    ``prior``. Clouds whose largest coordinate range is at most .5 or above 16 are scaled for the fit to a range between
+    1 and 2. ``torch.manual_seed`` seeds the starts.
 
     Args:
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
@@ -52,11 +53,11 @@ class PointCloudGMM(EMModule):
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
-            multiply by factors between :math:`e^{-12}` and :math:`e^{12}`.
+            multiply by factors between :math:`e^{-12}` and :math:`e^{12}`, the limits of ``ResidualCorrection``.
         width: width of the networks of the correction.
-        least_points: cut the clouds of each training batch into pieces of one random size, from ``least_points`` to the
-            size of the clouds, with large sizes more likely than log-uniform: at most 64 pieces, but at least one of
-            each cloud, scored at the first 256 held-out points of its cloud. ``None`` does not cut.
+        least_points: cut the clouds of each training batch into pieces of one size. It is drawn between
+            ``least_points`` and the size of the clouds, large sizes more often than log-uniform. A batch has at most 64
+            pieces, or one per cloud. Each is scored at its cloud's first 256 held-out points. ``None`` does not cut.
         lr, schedule, skip_gradients_above: as in :class:`EMModule`.
 
     Shape:
@@ -169,7 +170,7 @@ class PointCloudGMM(EMModule):
         """Cut each cloud into equally many disjoint clouds of one random size; further points are left out."""
         num_clouds, most_points = batch.mask.shape
         least_points = min(least_points, most_points)
-        # An exponent below 1 (0.75 is chosen) makes large sizes likelier than log-uniform ones: they give fewer pieces.
+        # The exponent 1 would be log-uniform; less (0.75 is chosen) draws large sizes, of few pieces each, more often.
         size = round(least_points * (most_points / least_points) ** float(torch.rand(()) ** 0.75))
         pieces = max(min(most_points // size, _MAX_PIECES // num_clouds), 1)  # of each cloud
         to_fit, to_score = (batch.points, batch.mask), (batch.held_out, batch.held_out_mask)

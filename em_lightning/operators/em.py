@@ -149,7 +149,7 @@ class EMOperator(SetOperator):
         other than those of the fit, give ``operator.background.energies(points_of_the_fit)`` (B,).
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
-        density = (log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)).to(x.dtype)
+        density = (log_density(points, state, likelihood) - points.log_jacobian().unsqueeze(1)).to(x.dtype)
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def posterior(
@@ -264,7 +264,7 @@ class EMOperator(SetOperator):
             statistics = e_step(points, state, likelihood, respond, **options)
         if not with_objective:
             return statistics, statistics.log_likelihood
-        log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
+        log_likelihood = statistics.log_likelihood - points.log_jacobian() * points.mass
         return statistics, self._with_prior(sets, state, log_likelihood)
 
     def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
@@ -287,7 +287,7 @@ class EMOperator(SetOperator):
     def _log_likelihood(self, sets: Sets, state: Parameters) -> Tensor:
         points = sets.points
         likelihood = self._likelihood(points, state, sets.family)
-        density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
+        density = log_density(points, state, likelihood) - points.log_jacobian().unsqueeze(1)
         return (density if points.weights is None else density * points.weights).sum(-1)
 
     def _with_prior(self, sets: Sets, state: Parameters, log_likelihood: Tensor) -> Tensor:
@@ -297,8 +297,8 @@ class EMOperator(SetOperator):
             return log_likelihood
         of_prior = log_prior(state, sets.family, counts)
         num_covariances = self.num_components / sets.family.sharing(self.num_components)  # 1 if all share one
-        # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_volume to a log det.
-        of_prior = of_prior - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
+        # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_jacobian to a log det.
+        of_prior = of_prior - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_jacobian()
         if self.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
             background = self.background.terms(sets.points, state.log_weights)
             of_prior = of_prior + counts.weight_count.squeeze(-1) * background.log_weight

@@ -25,8 +25,8 @@ class Sets(NamedTuple):
     """The inputs of all iterations of an EM operator.
 
     points: the points prepared for EM; ``points.x`` is (B, D, N), in the user's units.
-    mass, mask: the sum of the weights of the points (B,), and the given mask (B, N).
-    family: the covariance type of the operator, or in ``objective`` that of the given mixture; or von Mises-Fisher.
+    mass, mask: ``points.mass`` (B,), under the name that all operators have, and the given mask (B, N).
+    family: the covariance type of the operator; in ``EMOperator.objective`` that of its mixture; or von Mises-Fisher.
     floor: (B,), the floor of variances in frame coordinates; of 1 / kappa for von Mises-Fisher.
     pseudo_counts, dtype: the pseudo-counts of the prior, and the dtype of the result.
     """

@@ -27,7 +27,7 @@ from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
 from em_lightning.scope.findings import NOT_CHECKED, UNKNOWN, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
-from em_lightning.surgery.axes import Observers
+from em_lightning.surgery.axes import Observation
 from em_lightning.surgery.select import FUNCTIONS, uncompiled
 
 _OPERATIONS = {
@@ -90,7 +90,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             mha.set_fastpath_enabled(False)
-            Observers.on = False  # taps record nothing, and first calls print nothing
+            Observation.enabled = False  # taps record nothing, and first calls print nothing
             model.eval()
             try:
                 with _Recorder(model) as recorder:
@@ -98,7 +98,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
                 return recorder.findings()
             finally:
                 mha.set_fastpath_enabled(fast_path)
-                Observers.on = True
+                Observation.enabled = True
 
 
 def _run(model: Any, batch: Any) -> None:

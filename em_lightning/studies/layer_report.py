@@ -56,7 +56,7 @@ class LayerReport(Report):
         logged = trainer.callback_metrics.items()
         metrics = {name.removeprefix("val/"): float(value) for name, value in logged if name.startswith("val/")}
         loss = float(torch.stack(self._losses).mean())
-        self.history.append({"epoch": trainer.current_epoch + 1, **metrics, "loss": loss})
+        self.history.append({"epoch": trainer.current_epoch + 1, **metrics, "loss": loss})  # replaces val/loss
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
         if not self.history:
@@ -65,8 +65,8 @@ class LayerReport(Report):
         data = trainer.datamodule
         row = self._row(data, module)
         notes = [
-            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
-            f"mean over the last {min(self.last_epochs, len(self.history))} validations."
+            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics and "
+            f"training loss, mean over the last {min(self.last_epochs, len(self.history))} validations."
         ]
         metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
         title = type(module).__name__

@@ -139,7 +139,7 @@ class _RandomSurfaces:
         return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])  # 4 give a box
 
     def capsule(self) -> Mesh:
-        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)  # an even count: without the angle 0
+        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)  # even: at angle 0, sign would be 0
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:

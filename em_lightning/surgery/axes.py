@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,8 +22,8 @@ LAST_AXIS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer),
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
-# Percentage points of accuracy that activations lost against ReLU over 128 units. Over 8 and 16 channels three of them
-# lost nothing. The warning begins at _WIDE units, a width between 16 and 128: chosen, not measured.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # normalize the last axis, or several
+# Percentage points of accuracy that activations lost against ReLU over 128 units; a warning for _WIDE units says so.
 _LOST = {
     "DirectionActivation": 65.0,
     "SoftmaxGatedActivation": 7.3,
@@ -34,8 +33,9 @@ _LOST = {
     "ResidualSoftmaxActivation": 4.6,
     "LogSoftmaxActivation": 4.5,
 }
-_WIDE = 32
-Layers = list[tuple[nn.Module, int]]  # each with its width, the number of units of its output or input
+_WIDE = 32  # chosen, not measured
+Dim = int | Literal["auto"]  # an axis of units
+Layers = Sequence[tuple[nn.Module, int]]  # each with its width, the number of units of its output or input
 _ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # modules that define activations
 
 
@@ -43,20 +43,20 @@ class UnitAxis:
     """The axis of the units of one layer.
 
     With ``dim="auto"`` the type of the layer defines it, or for an activation in an ``nn.Sequential`` the type of the
-    layer before it, see :func:`unit_axis`. If no type defines it, tensors of fewer than three axes have it on the last
-    axis. For others the first batch decides: it is the one of axes 1 and -1 whose size is the width of the layer, and
-    checkpoints store the decision. A layer that is called with tensors of 2 and of 4 axes has an axis for each.
-    ``widths`` are the possible widths, the likeliest first.
+    layer before it. If no type defines it, the units of tensors of fewer than three axes are on the last axis. For
+    others the first batch decides between axes 1 and -1: it is the one whose size is the likeliest of the possible
+    widths, unless the types of the layers with these widths contradict. Checkpoints store the decision. A layer that is
+    called with tensors of 2 and of 4 axes has an axis for each. ``widths`` are the possible widths, the likeliest
+    first; ``near`` and ``in_order`` are results of :func:`layers_of`.
     """
 
-    channel_widths: Sequence[int] = ()  # of layers at, in or around it that have their units on axis 1
-    feature_widths: Sequence[int] = ()  # of those that have their units on axis -1
-    in_order = False  # whether the order of ``widths`` can be trusted, see :func:`layers_of`
-
-    def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
-        self.path = path
+    def __init__(
+        self, path: str, widths: Sequence[int], dim: Dim = "auto", near: Layers = (), in_order: bool = False
+    ) -> None:
+        self.path, self.dim, self.in_order = path, dim, in_order
         self.widths = tuple(dict.fromkeys(widths))
-        self.dim = dim
+        types = {1: _CHANNELS_FIRST, -1: (*LAST_AXIS, *_NORMS)}  # of layers with units on axis 1 and on axis -1
+        self.widths_by_type = {axis: {n for layer, n in near if isinstance(layer, types[axis])} for axis in types}
         self.decided: dict[int, int] = {}  # with dim="auto": number of axes -> axis of the units
 
     def __call__(self, shape: Sequence[int]) -> int:
@@ -72,20 +72,22 @@ class UnitAxis:
             dim = self.decided[len(shape)]
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} must be an axis of {self.path!r}, of shape {tuple(shape)}")
-        only_others_fit = shape[0] not in self.widths and not {*shape[1:]}.isdisjoint(self.widths)
-        if dim % len(shape) == 0 and only_others_fit:
+        first_fits, other_fits = shape[0] in self.widths, any(size in self.widths for size in shape[1:])
+        if dim % len(shape) == 0 and other_fits and not first_fits:
             raise ValueError(f"dim={dim} must be the axis of the units of {self.path!r}, not of items: {tuple(shape)}")
         return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
-        widths_by_type = ((1, self.channel_widths), (-1, self.feature_widths))
-        by_type = [axis for axis, widths in widths_by_type if shape[axis] in widths]
+        """Return 1 or -1, or raise ValueError unless the widths name one axis and the types of layers agree."""
+        first_width = next((width for width in self.widths if width in (shape[1], shape[-1])), None)
+        by_width = [axis for axis in (1, -1) if shape[axis] == first_width]  # both axes if their sizes are equal
+        by_type = [axis for axis in (1, -1) if shape[axis] in self.widths_by_type[axis]]
         if len(shape) > 3 and by_type == [1]:  # (B, C, H, W), whose W may equal a likelier width by chance
             return 1
-        by_width = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
-        likeliest = next(filter(None, by_width), [])  # the axes of the likeliest width that an axis has
-        if len(likeliest) == 1 and (by_type in ([], likeliest) or (len(by_type) == 2 and self.in_order)):
-            return likeliest[0]
+        # The types agree if they name the same axis or none. If they name both, the order of the widths must be right.
+        types_agree = by_type in ([], by_width) or (by_type == [1, -1] and self.in_order)
+        if len(by_width) == 1 and types_agree:
+            return by_width[0]
         widths = " or ".join(map(str, self.widths)) or "an unknown number of"
         raise ValueError(
             f"dim='auto' needs one of axes 1 and -1 of {self.path!r} to have the width of the layers in or before it, "
@@ -93,21 +95,17 @@ class UnitAxis:
         )
 
 
-def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["output", "input"] = "output") -> UnitAxis:
+def unit_axis(site: Site, dim: Dim = "auto", tap: Literal["output", "input"] = "output") -> UnitAxis:
     """Return the axis of the units of a site's output or input."""
     if dim == "auto":
         dim = _axis_by_type(site)
     likeliest, near, in_order = layers_of(site, tap)
-    axis = UnitAxis(site.path, [width for _, width in likeliest], dim)
-    axis.in_order = in_order
-    axis.channel_widths = [width for layer, width in near if isinstance(layer, _CHANNELS_FIRST)]
-    axis.feature_widths = [width for layer, width in near if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
-    return axis
+    return UnitAxis(site.path, [width for _, width in likeliest], dim, near, in_order)
 
 
 def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> int | None:
     """Return the width of a layer's output or input, or None if neither its type nor its bias defines one."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, _NORMS):
         return int(module.normalized_shape[-1])
     if isinstance(module, nn.RNNBase):
         width = module.proj_size or module.hidden_size
@@ -122,10 +120,12 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
 
 
 def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
-    """Return the layers whose width a site probably has, likeliest first; all that it may have; and ``in_order``.
+    """Return ``likeliest, near, in_order``: layers whose width the units of a site may have.
 
-    The first are the site's own layer, else those in it, else those declared before it, else behind it. ``in_order``:
-    whether the width is the site's own, or the site is declared between layers, probably in the order of the calls.
+    ``near`` is the site's own layer if it has a width, else the layers in it, else those declared before and behind it
+    in the innermost module around it that has any. ``likeliest`` are these layers, the best guess first; of
+    layers around the site only those before it, if there are any. ``in_order``: whether the first guess can be trusted,
+    as it is the site's own layer, or there are layers before and behind the site, probably called in this order.
     """
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
@@ -136,7 +136,7 @@ def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[L
         return inside, inside, False
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         children = dict(owner._modules)  # looked up by name, as an instance may have several names
-        position = list(children).index(name) if name in children else len(children)
+        position = list(children).index(name) if name in children else len(children)  # a function is no child: last
         siblings = list(children.values())
         before, behind = layers_in(siblings[:position], "output")[::-1], layers_in(siblings[position + 1 :], "input")
         near = [*before, *behind, *layers_in(siblings[position + 1 :], "output")]
@@ -147,7 +147,7 @@ def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[L
 
 def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> Layers:
     """Return the layers in some modules, except inserted operators, with their widths."""
-    layers: Layers = []
+    layers: list[tuple[nn.Module, int]] = []
     for module in modules:
         while isinstance(module, Inserted):
             module = module.layer
@@ -158,35 +158,37 @@ def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output"
     return layers
 
 
-def _axis_by_type(site: Site) -> int | Literal["auto"]:
+def _axis_by_type(site: Site) -> Dim:
     """Return the axis that the layer's type defines, or the type of the layer before an activation in a Sequential."""
     layer: Any = site.module
     is_activation = site.function is None and type(layer).__module__.startswith(_ACTIVATIONS)
     if is_activation and isinstance(site.parent, nn.Sequential):
         before = list(site.parent)[: list(site.parent._modules).index(site.name)]
-        any_axis = (*_ACTIVATIONS, "torch.nn.modules.dropout")  # modules whose classes tell nothing about the axis
-        telling = [one for one in before if not isinstance(one, (nn.Identity, type(None)))]
-        layer = next((one for one in reversed(telling) if not type(one).__module__.startswith(any_axis)), layer)
+        elementwise = (*_ACTIVATIONS, "torch.nn.modules.dropout")  # like nn.Identity, they tell nothing about the axis
+        others = [one for one in before if not type(one).__module__.startswith(elementwise)]
+        layer = next((one for one in reversed(others) if not isinstance(one, (nn.Identity, type(None)))), layer)
     while isinstance(layer, Inserted):
         layer = layer.layer
     if isinstance(layer, _CHANNELS_FIRST):
         return 1
-    normalizes_last = isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1
+    normalizes_last = isinstance(layer, _NORMS) and len(layer.normalized_shape) == 1
     return -1 if normalizes_last or isinstance(layer, LAST_AXIS) else "auto"
 
 
-class Observers:
-    """Whether taps record tensors, and lines and warnings on the first batch are printed; off during an audit."""
+class Observation:
+    """Whether taps record tensors and the first batch prints lines and warnings; an audit disables it meanwhile."""
 
-    on = True
+    enabled = True
 
 
-def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets: str = "") -> None:
-    """Warn of an unsuitable width of a layer, print its line; ``kind``: its class or tap; ``sets``: an operator's."""
-    if not Observers.on:
+def announce(
+    path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets_of_operator: str = ""
+) -> None:
+    """Warn of an unsuitable width of a layer, and print its line; ``kind`` is its class, or the tap that records it."""
+    if not Observation.enabled:
         return
     units = None if dim is None else shape[dim]
-    if units == 1 and not sets:
+    if units == 1 and not sets_of_operator:
         warnings.warn(
             f"{path!r} has 1 unit (axis {dim} of shape {tuple(shape)}), which competes with no other: select a wider "
             f"layer, or give dim=, the axis of the units",
@@ -201,7 +203,7 @@ def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbos
     if verbose:
         what = "elementwise"
         if units is not None:
-            items = sets or f"{math.prod(shape) // max(units, 1)} items"
+            items = sets_of_operator or f"{math.prod(shape) // max(units, 1)} items"
             what = f"axis {dim} has {units} unit{'s' * (units != 1)}, {items}"
         print_line(f"{path}: {kind}, shape {tuple(shape)}, {what}")
 
@@ -211,19 +213,6 @@ def print_line(text: str) -> None:
     is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if is_rank_zero and not torch.compiler.is_compiling():
         print(text)
-
-
-def takes_dim(cls: Any) -> bool:
-    """Return whether the constructor of a module class takes ``dim``, the axis of its units."""
-    return "dim" in inspect.signature(cls).parameters
-
-
-def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
-    """Return the axis along which the units of a module compete: "auto" if ``make`` gives none, None if elementwise."""
-    if not takes_dim(type(module)) or not getattr(module, "competes", True):
-        return None
-    arguments = {} if isinstance(make, type) else getattr(make, "keywords", {"dim": None})  # an instance keeps its dim
-    return module.dim if "dim" in arguments else "auto"
 
 
 class FirstCall:

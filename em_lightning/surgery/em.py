@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, layers_of, own_dim, print_line, takes_dim, unit_axis
+from em_lightning.surgery.axes import FirstCall, layers_of, print_line, unit_axis
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
@@ -111,7 +112,7 @@ def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str
     cls: Any
     cls, in_spec = ACTIVATIONS.resolve(spec)
     arguments = {**arguments, **in_spec}
-    if dim != "auto" and takes_dim(cls):
+    if dim != "auto" and "dim" in inspect.signature(cls).parameters:
         arguments.setdefault("dim", dim)
     return functools.partial(cls, **arguments)
 
@@ -182,6 +183,18 @@ def insert_em_operators(
 
     change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, after_change)
     return surgery.warn_of_copies() if into is None else surgery
+
+
+def own_dim(module: Any, make: Make) -> int | Literal["auto"] | None:
+    """Return the axis along which the units of a module compete, or None if they do not.
+
+    The axis is "auto" if ``make``, from which the module was made, is a class or a partial without ``dim``; otherwise
+    it is that of the module, such as of an instance that is copied.
+    """
+    if "dim" not in inspect.signature(type(module)).parameters or not getattr(module, "competes", True):
+        return None
+    is_open = isinstance(make, type) or (isinstance(make, functools.partial) and "dim" not in make.keywords)
+    return "auto" if is_open else module.dim
 
 
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:

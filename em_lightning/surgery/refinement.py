@@ -237,7 +237,6 @@ class CausalityWatch(TorchFunctionMode):
         self._padding: dict[tuple[int, ...], int] = {}  # of convolutions padded on both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and inspect its arguments."""
         output = func(*args, **(kwargs or {}))
         self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
         return output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.checks import check_choice
-from em_lightning.surgery.axes import Observers, announce, unit_axis
+from em_lightning.surgery.axes import Observation, announce, unit_axis
 from em_lightning.surgery.edit import CallCounter
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all, wrap
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules, walk
@@ -47,7 +47,7 @@ class Taps:
 
     Raises:
         NoMatchError: nothing matches, or only functions, which have no hooks.
-        ValueError: ``tap`` has another value, or a hook on a layer would never fire.
+        ValueError: ``tap`` is neither "output" nor "input", or a hook on a layer would never fire.
 
     Example:
         >>> import torch
@@ -126,7 +126,7 @@ class Taps:
 
     def _capture(self, path: str, value: Any) -> Any:
         """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
-        if not (self.recording and Observers.on):  # off during an audit
+        if not (self.recording and Observation.enabled):  # off during an audit
             return None
         try:
             tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-_FOLDER = Path(__file__).parent
+_SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
 
 @functools.cache
 def load(source: str, *definitions: str) -> tuple[Any, str]:
-    """Return the library compiled with ``-DNAME=value`` definitions and "", or ``None`` and the error message."""
+    """Compile a source with definitions ``-DNAME=value``; return (library, "") or (None, error message)."""
     compiler = shutil.which(name := os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, f"no {name} was found on the PATH"
@@ -30,15 +30,15 @@ def load(source: str, *definitions: str) -> tuple[Any, str]:
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
         instruction_sets = next((line for line in lines if line.startswith("flags")), platform.machine())
-        texts = (path.read_text() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
+        texts = (path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
         key = "\n".join([*texts, version, instruction_sets, *_FLAGS, source, *definitions])
-        target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        target = _cache_folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Compile under a temporary name, because several processes may compile at once.
             handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", temporary]
+                command = [compiler, *_FLAGS, *definitions, str(_SOURCES / source), "-o", temporary]
                 subprocess.run(command, capture_output=True, text=True, check=True)
                 os.replace(temporary, target)
             finally:
@@ -57,7 +57,7 @@ def structure(*fields: Tensor | int | None) -> Any:
 
 
 @functools.cache
-def _folder() -> Path:
+def _cache_folder() -> Path:
     """Return the folder of compiled libraries: in the user's cache, or for this process only if that is read-only."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "em_lightning")
     try:

@@ -11,14 +11,14 @@ from em_lightning.mixture.covariance.full import FullCovariance
 # Steps of EM for factor analysis: in an M-step, 16 instead of 4 gain less than 0.001 nats per point after 20 iterations
 # (samples of random mixtures, D = 8, rank 2); to approximate a full covariance, 1000 instead of 40 gain 0.02 nats.
 _STEPS, _INITIAL_STEPS = 4, 40
-# Share of the variances that a start has in U: EM can change neither U = 0 nor a variance of 0 in Psi.
+# Share of initial variances in U U^T; the rest is in Psi. EM can change neither U = 0 nor a variance of 0 in Psi.
 _INITIAL_SHARE = 0.5  # chosen, not measured
 
 
 class LowRankCovariance(FullCovariance):
     r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
 
-    The EM loop stores ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full ones (``to_public``). The
+    The EM loop stores ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); ``to_public`` gives the full ``Sigma``. The
     sufficient statistics, and therefore the cost, are those of full covariances. Given the sample covariance ``S`` of a
     component, the M-step takes a few steps of EM for factor analysis,
 
@@ -82,10 +82,10 @@ class LowRankCovariance(FullCovariance):
         return self._factor_analysis(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component, of which ``U`` takes a share of the first R variances."""
+        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U U^T``."""
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
-        share = _INITIAL_SHARE**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
-        loadings = root.unsqueeze(-1) * share
+        root_share = _INITIAL_SHARE**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
+        loadings = root.unsqueeze(-1) * root_share
         noise = (root.square() - loadings.square().sum(-1)).sqrt()
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
 
@@ -93,7 +93,7 @@ class LowRankCovariance(FullCovariance):
         return covariances * ratio.sqrt()[..., None, None]  # U and sqrt(diag Psi), the roots of covariances
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``[G U, sqrt(diag(G)^2 Psi)]``, Psi at least the floor, with ``G = axes exp(stretch) axes^T``."""
+        """Return ``[G U, sqrt(diag(G)^2 Psi)]``, ``G = axes exp(stretch) axes^T``: Psi stays diagonal, and >= floor."""
         g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         root = covariances[..., -1] * g.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
