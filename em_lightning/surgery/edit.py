@@ -72,7 +72,7 @@ class Inserted(nn.Module):
             return getattr(self.layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name.startswith("_") or name in vars(self) or name in self._modules or hasattr(type(self), name)
+        own = name.startswith("_") or name in ("layer", "operator") or name in vars(self) or hasattr(type(self), name)
         target = super() if own or not hasattr(self._modules.get("layer"), name) else self.layer
         target.__setattr__(name, value)
 
