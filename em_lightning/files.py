@@ -14,8 +14,7 @@ from pathlib import Path
 def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) -> None:
     """Write a file atomically: write a partial file in the same folder, flush it to disk and rename it.
 
-    Every host, process and thread has its own partial file, ``<name>.<host>-<process>-<thread>.partial``. Those of
-    processes of this host that have ended are removed.
+    The partial file is ``<name>.<host>-<process>-<thread>.partial``; those of ended processes of this host are removed.
 
     Raises:
         OSError: the file cannot be written, for instance because the disk is full; the old file is kept.

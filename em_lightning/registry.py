@@ -17,8 +17,7 @@ def import_class(path: str, base: type = object) -> type[Any]:
     """Return the class with a dotted path, which may come from a checkpoint of someone else.
 
     Importing a module runs its code. Therefore only modules of torch.nn and em_lightning are imported, except their
-    ``__main__`` modules; other modules must be imported already. ValueError if this module must not be imported, or has
-    no class of this name that is derived from ``base``.
+    ``__main__`` modules; others must be imported already. ValueError otherwise, or if it is no subclass of ``base``.
     """
     module, _, name = str(path).rpartition(".")
     if module not in sys.modules and (not module.startswith(_IMPORTABLE) or "__main__" in module.split(".")):

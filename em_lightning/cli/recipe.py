@@ -23,8 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint, WatchedDDPStrategy, connection_error
 from em_lightning.cli.recipes import config_of, docstring, variants_of
 
-# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes, such
-# as --ckpt_path=last at the first start.
+# Warnings about internals of Lightning and PyTorch, or settings that are right here, as --ckpt_path=last at a start.
 _WARNINGS = (
     ".*does not have many workers.*",
     ".*number of training batches.*smaller than the logging interval.*",

@@ -175,8 +175,7 @@ def _parse_mesh(data: bytes, suffix: str) -> tuple[Points, Faces]:
     return points, faces
 
 
-# trimesh reads truncated and malformed text without an error, and repeats lines if there are comments. These functions
-# raise an error for such text and remove comments.
+# trimesh reads malformed text without an error and repeats lines at comments: raise an error, and remove comments.
 
 
 def _prepare_off(data: bytes) -> bytes:

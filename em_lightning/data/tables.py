@@ -46,8 +46,7 @@ class Table:
     float64 if float32 cannot represent their type. Tensors that are not floating-point get the default dtype.
 
     Args:
-        source: a tensor or array, the path of an ``.npy`` file, or a folder of ``.npy`` shards, read in the order of
-            their names; hidden files are skipped.
+        source: a tensor or array, the path of an ``.npy`` file, or a folder of ``.npy`` shards in order of names.
         ndim: 2 for a table (N, D), 1 for a column (N,).
         name: name of the argument in errors.
 

@@ -68,8 +68,7 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
 
     Two passes: the mean :math:`m = \sum_n w_n x_n / \sum_n w_n`, then the variance
     :math:`\sum_n w_n (x_n - m)^2 / (\sum_n w_n - 1)`, because :math:`E[x^2] - m^2` cancels if the mean is large. The
-    mean is accumulated in float64 on devices that have it, so a constant float32 unit has variance exactly 0. Arguments
-    and errors are those of :func:`flatten_units`.
+    mean is in float64 on devices that have it, so constant float32 units have variance 0. See also flatten_units.
 
     Warns:
         UserWarning: the batch of a single process has fewer than two items, where masked ones count too.

@@ -86,8 +86,7 @@ def fit(
 
     A set that has converged keeps its parameters, so that its result does not depend on the other sets.
     ``step(state, iteration)``, from iteration 1, takes a named tuple of tensors (B, ...). It returns the next state and
-    the objective per point (B,) of the given state. ``previous`` is the last objective of an earlier fit that this one
-    continues. A tolerance of 0 runs all iterations.
+    the objective (B,) of the given state. ``previous`` is the last objective of a fit to continue; ``tol=0`` runs all.
     """
     running = torch.ones(len(state[0]), dtype=torch.bool, device=state[0].device)
     steps = torch.zeros_like(running, dtype=torch.long)

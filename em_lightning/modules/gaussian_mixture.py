@@ -36,8 +36,7 @@ class GaussianMixtureModule(EMModule):
       :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]` with responsibilities r. After the last block of the epoch they
       are summed over ranks, and the M-step follows.
     - ``"stochastic"``: an M-step after every block t = 0, 1, ... with statistics :math:`\hat s_t`, on running
-      statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, :math:`\gamma_t = (t + 1)^{-\alpha}`. It is
-      for data so large that less than one pass suffices.
+      :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, :math:`\gamma_t = (t + 1)^{-\alpha}`, for huge data.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
     epoch with the same mixture; with ``"em"`` it does not depend on their number. A checkpoint within an epoch holds

@@ -201,10 +201,8 @@ def announce(
             stacklevel=2,
         )
     if verbose:
-        what = "elementwise"
-        if units is not None:
-            items = sets_of_operator or f"{math.prod(shape) // max(units, 1)} items"
-            what = f"axis {dim} has {units} unit{'s' * (units != 1)}, {items}"
+        items = sets_of_operator or f"{math.prod(shape) // max(units or 1, 1)} items"
+        what = "elementwise" if units is None else f"axis {dim} has {units} unit{'s' * (units != 1)}, {items}"
         print_line(f"{path}: {kind}, shape {tuple(shape)}, {what}")
 
 

@@ -113,9 +113,8 @@ class Taps:
     def _register(self, module: nn.Module, path: str) -> Undo:
         if self.tap == "output":
             return module.register_forward_hook(_Hook(lambda _, inputs, output: self._capture(path, output))).remove
-        return module.register_forward_pre_hook(
-            _Hook(lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs)), with_kwargs=True
-        ).remove
+        hook = _Hook(lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs))
+        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
     def _capture_input(self, path: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if inputs:
