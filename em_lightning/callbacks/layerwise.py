@@ -33,8 +33,7 @@ class LayerwiseEMLoss(Callback):
         ValueError: an argument is out of range; at the start, several optimizers or none own the parameters of a layer.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[LayerwiseEMLoss("encoder.*", weight=0.01)], logger=False, accelerator="cpu")
+        >>> callbacks = [LayerwiseEMLoss("encoder.*", weight=0.01)]
     """
 
     def __init__(

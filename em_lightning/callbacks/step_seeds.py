@@ -26,9 +26,6 @@ class StepSeeds(lightning.Callback):
 
     Raises:
         ValueError: ``seed`` is negative.
-
-    Example:
-        >>> trainer = lightning.Trainer(callbacks=[StepSeeds(3)], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self, seed: int | None = None) -> None:

@@ -83,11 +83,7 @@ class SurgicalCallback(Callback):
                 raise
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that an optimizer trains every added parameter; warn of target networks without the changes.
-
-        Raises:
-            ValueError: no optimizer trains an added parameter outside of target networks and other copies.
-        """
+        """Raise ValueError if no optimizer trains an added parameter; warn of target networks without the changes."""
         missing = untrained_parameters(pl_module, trainer.optimizers)
         if trainer.optimizers and missing:
             raise ValueError(
@@ -131,8 +127,7 @@ class SwapActivations(SurgicalCallback):
     errors, raised at setup or the first batch. ``arguments`` are those of the activation.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[SwapActivations("signed")], logger=False, accelerator="cpu")
+        >>> callbacks = [SwapActivations("signed")]
     """
 
     def __init__(
@@ -162,8 +157,7 @@ class InsertEMOperator(SurgicalCallback):
     errors, raised at setup or the first batch. ``arguments`` are those of :class:`em_lightning.operators.EMRefinement`.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[InsertEMOperator("encoder.2")], logger=False, accelerator="cpu")
+        >>> callbacks = [InsertEMOperator("encoder.2")]
     """
 
     def __init__(

@@ -79,8 +79,7 @@ class PosteriorMonitor(Callback):
         NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[PosteriorMonitor("encoder.*")], logger=False, accelerator="cpu")
+        >>> callbacks = [PosteriorMonitor("encoder.*")]
     """
 
     def __init__(

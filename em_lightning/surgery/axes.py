@@ -60,11 +60,7 @@ class UnitAxis:
         self.decided: dict[int, int] = {}  # with dim="auto": number of axes -> axis of the units
 
     def __call__(self, shape: Sequence[int]) -> int:
-        """Return the axis for tensors of this shape; the first decision for a number of axes is final.
-
-        Raises:
-            ValueError: neither or both of axes 1 and -1 have the layer's width, or ``dim`` cannot be the axis of units.
-        """
+        """Return the axis for tensors of this shape, the same for each number of axes; ValueError if it is unclear."""
         dim = self.dim
         if dim == "auto":
             if len(shape) not in self.decided:

@@ -207,7 +207,7 @@ def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, v
             if isinstance(module, SetRefinement):
                 others = () if module.width_is_given else axis.widths
                 axis.widths = (module.operator.num_features, *others)  # candidates; first the one it was built for
-                surgery.undos += observe_forwards(site, module)
+                surgery.undos += observe_forwards(site, change.new, module)
             if axis.dim != "auto":
                 module.dim = axis.dim
             change.entry.setdefault("axes", []).append(axis.decided)  # recorded; filled at the first call

@@ -55,10 +55,7 @@ def swap_calls(
     The operator from ``make`` becomes a child of the module, named ``em_functional``. While a method runs whose code
     names the function, all calls of the function run the operator instead, even those in unselected children; the name
     of a child, ``self.relu``, does not count. Methods of torch's and Lightning's classes are skipped, and functions in
-    containers or objects are not found. For ``after_change`` see :func:`change_sites`.
-
-    Raises:
-        NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
+    containers or objects are not found. For ``after_change`` see :func:`change_sites`. NoMatchError if none is found.
     """
     model = surgery.model
     select.check_selection(model, "where", where)

@@ -27,9 +27,7 @@ def owners_of(
     """Return the owner of each layer: the optimizer of its parameters, or number ``index`` if given.
 
     The owner of a layer without trained parameters is the optimizer of the innermost parent module that has some.
-
-    Raises:
-        ValueError: no optimizer, or more than one, trains the parameters of a layer, or there is no number ``index``.
+    ValueError if no optimizer, or more than one, trains the parameters of a layer, or there is no number ``index``.
     """
     if index is not None and not 0 <= index < len(optimizers):
         raise ValueError(f"optimizer={index} must be one of the numbers 0 to {len(optimizers) - 1} of the optimizers")

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from em_lightning.operators import EMRefinement
 from em_lightning.surgery.axes import LAST_AXIS
+from em_lightning.surgery.edit import Inserted
 from em_lightning.surgery.hooks import Undo, wrap
 from em_lightning.surgery.select import Site
 
@@ -33,7 +34,7 @@ class SetRefinement(EMRefinement):
     are independent. With ``causal`` each of the N items has a mixture of its own, fitted to this item and those before
     it: N times the cost of one fit. Padding takes no part in a fit: it is read from the arguments
     ``src_key_padding_mask``, ``tgt_key_padding_mask``, ``key_padding_mask``, ``padding_mask`` (true at padding) or
-    ``attention_mask`` (1 at items) of the layer and the modules around it.
+    ``attention_mask`` (1 at items, or additive) of the layer and the modules around it, whose axes are found by size.
 
     Args:
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
@@ -57,6 +58,8 @@ class SetRefinement(EMRefinement):
         **operator: Any,
     ) -> None:
         super().__init__(num_components, num_features, dim=dim, **operator)
+        if not isinstance(causal, bool):  # any text would be true
+            raise ValueError(f"causal={causal!r} must be True or False")
         if set_dim != "auto" and not isinstance(set_dim, int):
             raise ValueError(f"set_dim={set_dim!r} must be an int or 'auto'")
         self.set_dim = set_dim
@@ -78,14 +81,18 @@ class SetRefinement(EMRefinement):
         num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
         self.may_warn = not self.causal and x.ndim == 3 and num_items > 1
         points = moved.reshape(-1, num_items, features)
-        keep = self._kept(points.shape)
-        if self.causal:
-            visible = torch.ones(num_items, num_items, dtype=torch.bool, device=x.device).tril()
-            mask = (visible if keep is None else visible & keep.unsqueeze(1)).expand(len(points), -1, -1)
-            prefixes = points.unsqueeze(1).expand(-1, num_items, -1, -1).reshape(-1, num_items, features)
-            refined = self.reconstruct(prefixes, mask.reshape(-1, num_items), queries=points.reshape(-1, 1, features))
-        else:
-            refined = self.reconstruct(points, keep)
+        keep = self._kept(x, [*sets, *items], points.shape[:2])
+        CausalityWatch.paused = True  # the Cholesky factors of covariances are lower triangular too
+        try:
+            if self.causal:
+                visible = torch.ones(num_items, num_items, dtype=torch.bool, device=x.device).tril()
+                mask = (visible if keep is None else visible & keep.unsqueeze(1)).expand(len(points), -1, -1)
+                prefixes = points.unsqueeze(1).expand(-1, num_items, -1, -1).reshape(-1, num_items, features)
+                refined = self.reconstruct(prefixes, mask.reshape(-1, num_items), points.reshape(-1, 1, features))
+            else:
+                refined = self.reconstruct(points, keep)
+        finally:
+            CausalityWatch.paused = False
         inverse = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
         return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(inverse)
 
@@ -127,14 +134,29 @@ class SetRefinement(EMRefinement):
             raise ValueError(f"causal=True needs one axis of items, but {tuple(shape)} has {items}: give set_dim=")
         return [axis for axis in range(ndim) if axis != dim and axis not in items], items, dim
 
-    def _kept(self, shape: torch.Size) -> Tensor | None:
-        """Return the mask (S, N) of the items that are no padding, from the innermost module that was given one."""
+    def _kept(self, x: Tensor, axes: list[int], shape: torch.Size) -> Tensor | None:
+        """Return the mask (S, N) of items that are no padding, by the innermost mask; the first axis is the batch."""
         for name, mask in self.padding:
-            if mask.shape == shape[:2]:
-                if name == "attention_mask":
-                    return mask > 0
-                return ~mask if mask.dtype == torch.bool else mask == 0
+            fits = [axis for axis in axes[1:] if mask.shape == (x.shape[axes[0]], x.shape[axis])]
+            if len(fits) == 1:
+                sizes = [x.shape[axis] if axis in (axes[0], *fits) else 1 for axis in axes]
+                keep = _at_items(name, mask).reshape(sizes)
+                return keep.expand([x.shape[axis] for axis in axes]).reshape(shape)
+            if fits and not torch.compiler.is_compiling() and not _at_items(name, mask).all():
+                warnings.warn(
+                    f"{name} {tuple(mask.shape)} fits axes {fits} of the output {tuple(x.shape)} of a layer with an "
+                    f"operator: padding takes part in the fit; insert the operator where one axis fits",
+                    stacklevel=2,
+                )
         return None
+
+
+def _at_items(name: str, mask: Tensor) -> Tensor:
+    """Return the bool mask that is true at items, from a mask given as argument ``name``."""
+    if name != "attention_mask":
+        return ~mask if mask.dtype == torch.bool else mask == 0
+    additive = mask.is_floating_point() and ~(mask > 0).any()
+    return (mask > 0) | (additive & (mask > _BLOCKED))
 
 
 def batch_dim_of(site: Site) -> int | None:
@@ -155,17 +177,19 @@ def _closest(site: Site, kinds: Any) -> tuple[nn.Module, list[Any]]:
     return site.module, []
 
 
-def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
-    """Give the operator the padding masks of the modules around it, and check at its first call if it must be causal.
+def observe_forwards(site: Site, new: nn.Module, operator: SetRefinement) -> list[Undo]:
+    """Give the operator, which is in ``new``, the masks of this and the modules around; check if it must be causal.
 
     Attention that masks later positions raises ValueError. Recurrent layers of one direction, convolutions padded on
     the left and sums over earlier positions are signs, but no proof, that it must be: they give a warning.
     """
     _, recurrent = _closest(site, (nn.RNNBase, nn.RNNCellBase))
     one_direction = bool(recurrent) and not any(getattr(layer, "bidirectional", False) for layer in recurrent)
-    undos = []
-    for module in (*site.ancestors, site.module):
-        names = list(inspect.signature(module.forward).parameters)
+    undos, layer = [], site.module
+    while isinstance(layer, Inserted):  # takes the arguments of its layer, as ``new`` does
+        layer = layer.layer
+    for module in (*site.ancestors, new):
+        names = list(inspect.signature((layer if module is new else module).forward).parameters)
         may_fuse = any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules())
         observe = functools.partial(_observe, operator, site.path, names, may_fuse, one_direction)
         undos.append(wrap(module, "forward", observe))
@@ -229,6 +253,8 @@ class CausalityWatch(TorchFunctionMode):
     ``one_sided`` names other operations in which positions depend on earlier ones only, if there are any.
     """
 
+    paused = False  # while an operator runs
+
     def __init__(self) -> None:
         super().__init__()
         self.attention = 0
@@ -238,7 +264,8 @@ class CausalityWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
+        if not CausalityWatch.paused:
+            self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
         return output
 
     def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:

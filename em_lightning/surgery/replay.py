@@ -118,7 +118,6 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
     ``weights_only=False`` also loads objects of any class, such as hyperparameters, from a file that you trust.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, its plan is malformed, or it has weights of a changed model without a plan.
     """
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which surgery itself does not need
