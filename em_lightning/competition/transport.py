@@ -104,7 +104,7 @@ def _transport(
     num_items = counted.sum(-2).clamp_min(1).to(d.dtype)
     mass = num_items * share
     prices, system = _solve(d.detach().masked_fill(excluded, torch.inf), t.detach(), mass.detach(), num_iters)
-    for _ in range(2):  # Newton steps of value 0: the first makes first derivatives exact, the second one second ones
+    for _ in range(2):  # Newton steps of value 0, which make the first, then the second derivatives exact
         _, responsibilities = _compete(d, excluded, prices, t)
         error = mass - responsibilities.sum(-2)
         step = torch.linalg.solve(system, (error - error.detach()).unsqueeze(-1)).squeeze(-1)
