@@ -52,7 +52,7 @@ def main():
         sets = prepare(points, covariance.features)
         parameters = sets.frame.enter_parameters(fitted.parameters())
         found = e_step(sets, parameters, Likelihood(covariance), with_log_likelihood=True).log_likelihood
-        return (found - sets.log_volume() * sets.mass) / points.shape[1]
+        return (found - sets.log_jacobian() * sets.mass) / points.shape[1]
 
     with use_backend("reference"):
         exact = log_likelihood(x.double())

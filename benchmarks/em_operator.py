@@ -8,7 +8,7 @@
     python benchmarks/em_operator.py accuracy    float32 compared with float64
 
 ``--scale 0.1`` makes each, except ``scaling``, about ten times smaller. Times are medians of repeats in one process;
-repeats of calls that are compared alternate. Scikit-learn on the large set is timed once.
+calls that are compared take turns. Scikit-learn on the large set is timed once.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from em_lightning.operators.gradients import GRADIENTS
 
 LOW_FLOOR = 1e-10  # below the smallest variance of the data of ``accuracy``, 1e-8
 Seconds = namedtuple("Seconds", ["wall", "processor"])  # wall-clock and processor time of a call
-Usage = namedtuple("Usage", ["result", "seconds", "mib"])  # of a call; MiB: peak growth of resident memory
+Usage = namedtuple("Usage", ["result", "wall", "mib"])  # of a call; wall: seconds; MiB: peak growth of resident memory
 
 
 def blobs(sets, items, features, components, spread=3.0):
@@ -97,7 +97,7 @@ def table(title, head, rows):
 
 
 def clouds(options):
-    """Compare 256 clouds of 1,024 points with a loop over scikit-learn, each at each number of threads, in turns."""
+    """Compare 256 clouds of 1,024 points with a loop over scikit-learn; both run at 1 to ``--threads`` threads."""
     sets, items, iterations = max(int(256 * options.scale), 1), 1024, 20
     few = sets // 8 + 1  # scikit-learn fits these, as its time is the same for each cloud
     x = blobs(sets, items, 3, 16)
@@ -136,24 +136,24 @@ def clouds(options):
         rows[-1] += [f"{(scores - exact[: len(scores)]).abs().max():.1e}"]
     title = f"{sets} clouds x {items} x 3, K = 16, full, {iterations} iterations, float32"
     head = ["", "threads", "seconds", "speedup over the fastest scikit-learn", "processor seconds"]
-    head += ["speedup, one thread", f"log-likelihood per point of {few} clouds"]
+    head += ["speedup in processor seconds", f"log-likelihood per point of {few} clouds"]
     table(title, [*head, "largest error of a cloud against float64"], rows)
-    print("\nspeedup: over the fastest row of scikit-learn; in processor seconds, over scikit-learn with one thread")
+    print("\nspeedup in processor seconds: over scikit-learn with one thread")
 
 
 def large(options):
-    """Compare one set of a million points with scikit-learn, timed by the difference of two numbers of iterations."""
+    """Compare one set of a million points with scikit-learn, whose time per iteration is a difference of two fits."""
     items, features, components, iterations = int(1_000_000 * options.scale), 16, 64, 10
     x, few = blobs(1, items, features, components), 50_000  # points whose likelihood is compared
     rows = []
     for kind in options.covariance:
         eye = torch.eye(features) if kind == "full" else torch.ones(features)
-        spread = 4.0 * eye.expand(1, components, *eye.shape)
-        start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), spread)
+        covariances = 4.0 * eye.expand(1, components, *eye.shape)  # chosen
+        start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), covariances)
         operator = EMOperator(components, features, num_iters=iterations, covariance=kind, residual=False)
         operator(x[:, :1000], init=start)  # warm-up: libraries allocate memory at first use
         runs = [usage_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
-        seconds, used = statistics.median(run.seconds for run in runs), max(run.mib for run in runs)
+        seconds, used = statistics.median(run.wall for run in runs), max(run.mib for run in runs)
         likelihood = runs[0].result.log_prob(x[:, :few]).mean()
         steps = 2 if kind == "full" else 6  # of scikit-learn, whose iteration is slow for full covariances
         early = operator(x, init=start, num_iters=steps).log_prob(x[:, :few]).mean()
@@ -161,7 +161,7 @@ def large(options):
             lambda n=n, s=start, k=kind: sklearn_fit(x, s, index=0, iterations=n, covariance=k) for n in (1, 1, steps)
         ]
         _, one, more = (usage_of(call) for call in calls)  # the first call is a warm-up
-        theirs = (more.seconds - one.seconds) / (steps - 1)
+        theirs = (more.wall - one.wall) / (steps - 1)
         rows.append([kind, f"{seconds / iterations:.3f}", f"{theirs:.2f}", f"{theirs * iterations / seconds:.1f}"])
         rows[-1] += [f"{used:.0f}", f"{more.mib:.0f}", f"{likelihood:.5f}"]
         rows[-1] += [f"{steps}: {early:.5f} / {more.result.score(x[0, :few].numpy()):.5f}"]
@@ -183,10 +183,10 @@ def starts(options):
     table(f"start on one set of {items:,} x {features}, K = {components}, full", ["init", "extra MiB"], rows)
 
 
-def textbook(x, start, iterations, floor=1e-6):
+def textbook(x, start, iterations, floor=1e-6):  # the default floor of EMOperator
     """Return the mixture after textbook EM, with every product an einsum over (B, N, K, D, D)."""
     log_weights, means, covariances = start.log_weights, start.means, start.covariances
-    eye = floor * torch.eye(x.shape[-1])
+    ridge = floor * torch.eye(x.shape[-1])
     for _ in range(iterations):
         inverse = torch.linalg.inv(covariances)
         offset = x.unsqueeze(2) - means.unsqueeze(1)
@@ -198,7 +198,7 @@ def textbook(x, start, iterations, floor=1e-6):
         means = torch.einsum("bnk,bni->bki", responsibilities, x) / mass.unsqueeze(-1)
         offset = x.unsqueeze(2) - means.unsqueeze(1)
         scatter = torch.einsum("bnk,bnki,bnkj->bkij", responsibilities, offset, offset)
-        covariances = scatter / mass[..., None, None] + eye
+        covariances = scatter / mass[..., None, None] + ridge
     return Mixture(log_weights, means, covariances)
 
 
@@ -330,14 +330,18 @@ def scaling(options):
 
 
 def in_the_loop(x, start, iterations=20):
-    """Return the log-likelihood per point (B,) in the last E-step of the loop, whose parameters are float64."""
+    """Return the log-likelihood per point (B,) after some iterations of the EM loop, by one more of its E-steps.
+
+    Points have the dtype of x and parameters are float64, as in the loop of EMOperator.
+    """
     covariance = COVARIANCES["full"]
     points = prepare(x, covariance.features)
     parameters = points.frame.enter_parameters(start.to(torch.float64).parameters())
     for _ in range(iterations + 1):
         found = e_step(points, parameters, Likelihood(covariance), with_log_likelihood=True)
         parameters = m_step(found, covariance, points.floor(LOW_FLOOR), parameters.covariances)
-    return (found.log_likelihood - points.log_volume() * points.mass) / points.mass
+    # The loop scales points; subtract the log of the Jacobian to get the log-density of x.
+    return (found.log_likelihood - points.log_jacobian() * points.mass) / points.mass
 
 
 def accuracy(options):

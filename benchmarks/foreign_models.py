@@ -163,9 +163,10 @@ def foreign(options: argparse.Namespace) -> list[dict[str, Any]]:
             of_layer = {
                 name: values[f"em/{layer}/{name}"] for name in ("curvature_mean", "curvature_max", "dead_units")
             }
-            gradients = {name: values.get(f"em/{layer}/{name}", float("nan")) for name in ("dominance", "cosine")}
+            # Missing (NaN) for layers of which the monitor measured no gradients.
+            of_gradients = {name: values.get(f"em/{layer}/{name}", float("nan")) for name in ("dominance", "cosine")}
             cost = f"{100 * (ratio - 1):+.1f} %"
-            rows.append({"model": kind, "cost": cost, "layer": layer, **of_layer, **gradients})
+            rows.append({"model": kind, "cost in processor time": cost, "layer": layer, **of_layer, **of_gradients})
     return rows
 
 

@@ -40,9 +40,9 @@ def table_of(rows, features, path=None):
     out = (
         torch.empty(rows, features) if path is None else np.lib.format.open_memmap(path, "w+", "<f4", (rows, features))
     )
-    block_rows = 2**18  # limits the memory of a block
-    for start in range(0, rows, block_rows):
-        size = min(block_rows, rows - start)
+    chunk = 2**18  # rows generated at a time, to limit memory
+    for start in range(0, rows, chunk):
+        size = min(chunk, rows - start)
         block = torch.randn(size, features, generator=generator)
         block += centers[torch.randint(0, 64, (size,), generator=generator)]
         out[start : start + size] = block if path is None else block.numpy()
@@ -196,11 +196,12 @@ def scaling(options):
             lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("seconds")]
             if len(lines) < copies:
                 raise SystemExit("".join(out + err for out, err in outputs))
-            figures = [[float(word) for word in line.split()[1:]] for line in lines]
-            found[name] = (copies, *(sum(column) / copies for column in zip(*figures, strict=True)))
+            numbers = [[float(word) for word in line.split()[1:]] for line in lines]
+            found[name] = (copies, *(sum(column) / copies for column in zip(*numbers, strict=True)))
     print(f"{options.covariance}: {options.rows:,} x {options.features}, K = {options.components}, one thread each")
     print(
-        "| | seconds per iteration | in block statistics | million rows per second | speedup | log-likelihood |\n"
+        "| | seconds per iteration | of these in block statistics "
+        "| million rows per second | speedup | log-likelihood |\n"
         "|---|---|---|---|---|---|"
     )
     _, seconds_alone, _, _ = found["one process"]
@@ -211,7 +212,7 @@ def scaling(options):
 
 
 class _Clock(lightning.Callback):
-    """Record the seconds of each epoch and the seconds that this rank spends on block statistics."""
+    """Record the seconds of each epoch and the seconds of this rank in ``module.learn``, the statistics of blocks."""
 
     def __init__(self):
         self.epochs, self.inside = [], []

@@ -1,4 +1,4 @@
-"""Cost of EMLoss beside its formulas in plain torch, forward + backward, and in a training step of a 4 x 512 MLP.
+"""Cost of EMLoss relative to its formulas in plain torch: forward + backward, and in a training step of a 4 x 512 MLP.
 
 Rounds alternate between the two, so that a change of the machine's load affects both. The ratio is the median over the
 rounds of the time of EMLoss divided by that of the formulas in the same round.

@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
 
-Each case runs in a separate process with a small model. Memory is the resident set. Its growth is that from 10 % of the
-steps, after all warm-up allocations, to the end. The time of a step is processor time, which depends less on the load
-of the machine. The ratio is that of the last tenth of the steps to the second tenth. Hooks are counted over all
-modules, together with methods that surgery has wrapped on an instance. Reports write their tables and figures once per
-fit.
+Each case runs in a separate process with a small model. Memory is the resident set; its growth is the memory at the end
+relative to that after 10 % of the steps or fits, when all warm-up allocations are over. Time is processor time, which
+depends less on the load of the machine; its ratio is the time per step or fit in the last tenth over that in the second
+tenth. Hooks are counted over all modules, together with methods that surgery has wrapped on an instance. Reports write
+their tables and figures once per fit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Small(EMModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
-STEPS = 50_000  # by default; the temperature is annealed over as many steps
+STEPS = 50_000  # by default; the temperature is annealed over this number of steps, whatever --steps is
+FIT_STEPS = 3  # of each fit in ``fit_and_undo``; chosen: few, because it looks for leaks of whole fits
 
 
 def annealed() -> list[lightning.Callback]:
@@ -156,6 +157,7 @@ def soak(name: str, steps: int) -> str:
     model, data = subject(name)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         make_trainer(steps, [*CASES[name](), watch], folder).fit(model, **data)
+    # Entry 1 is that after a tenth of the steps, as for the memory.
     memory, num_hooks, clock = zip(*watch.notes, strict=True)
     tenths = [b - a for a, b in zip(clock, clock[1:], strict=False)]
     growth = memory[-1] / memory[1] - 1
@@ -171,11 +173,12 @@ def fit_and_undo(name: str, fits: int) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         for _ in range(fits):
             start, extra = time.process_time(), CASES[name]()
-            make_trainer(3, extra, folder).fit(model, **data)
+            make_trainer(FIT_STEPS, extra, folder).fit(model, **data)
             for callback in extra:
                 if getattr(callback, "surgery", None) is not None:
                     callback.surgery.undo()
             notes.append((resident(), hooks(model), time.process_time() - start))
+    # Hooks are compared with those after the first undo, memory with that after a tenth of the fits (warm-up).
     memory, num_hooks, seconds = zip(*notes, strict=True)
     tenth = max(fits // 10, 1)
     growth = memory[-1] / memory[tenth] - 1
@@ -190,8 +193,8 @@ def fit_and_undo(name: str, fits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("callbacks", nargs="*", metavar="CALLBACK", help=", ".join(CASES))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--fits", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=STEPS, help="0 skips training with many steps")
+    parser.add_argument("--fits", type=int, default=200, help="0 skips repeated fits")
     parser.add_argument("--here", choices=["soak", "undo"], help="run one case in this process (internal)")
     args = parser.parse_args()
     if args.here:
@@ -204,8 +207,8 @@ def main() -> None:
     print("| | steps or fits | MiB at a tenth | growth % | hooks | hooks at the end | ms each | last / second tenth |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.callbacks or CASES:
-        for kind in ("soak", "undo"):
-            if args.steps if kind == "soak" else args.fits:
+        for kind, number in (("soak", args.steps), ("undo", args.fits)):
+            if number:
                 numbers = [f"--steps={args.steps}", f"--fits={args.fits}"]
                 subprocess.run([sys.executable, __file__, name, *numbers, "--here", kind], check=True)
 

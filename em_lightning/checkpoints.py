@@ -144,8 +144,8 @@ def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
     dist.all_gather_object(gathered, (socket.gethostname(), values, remedy))
     hosts, values_by_rank, remedies = zip(*gathered, strict=True)
     places = [f"on host {host} (rank {rank})" for rank, host in enumerate(hosts)]
-    for name in dict.fromkeys(name for theirs in values_by_rank for name in theirs):
-        found = [theirs.get(name, "missing") for theirs in values_by_rank]
+    for name in dict.fromkeys(name for of_rank in values_by_rank for name in of_rank):
+        found = [of_rank.get(name, "missing") for of_rank in values_by_rank]
         common = Counter(found).most_common(1)[0][0]  # in a tie, the value of the lowest rank
         others = [f"{value} {place}" for value, place in zip(found, places, strict=True) if value != common]
         if others:
@@ -186,7 +186,7 @@ class RankAgreement(lightning.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
-        path = Path(trainer.ckpt_path or "none")
+        path = Path(trainer.ckpt_path or "none")  # "none" stands for a fit without a checkpoint in the comparison
         if is_distributed():
             found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
             source = f"{path} from host {socket.gethostname()} (rank 0)" if path.is_file() else "the checkpoint"
@@ -211,10 +211,10 @@ class RankAgreement(lightning.Callback):
 class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
-    gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach. Once connected, Lightning connects the ranks again, for ``prepare_data``, and waits without limit. Here
-    both connections end within twice ``timeout``, each later communication within ``timeout``. Its default, two minutes
-    instead of Lightning's 30, was chosen without measurements. Further arguments are those of ``DDPStrategy``.
+    If a rank published an address that only its own machine can reach, gloo waits silently for five times ``timeout``,
+    and without limit in a second connection, which Lightning opens for ``prepare_data``. Here one timer ends a process
+    that is still connecting after twice ``timeout``; later communication fails after ``timeout``. The default of two
+    minutes, not Lightning's 30, was chosen without measurements. Further arguments are those of ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
@@ -239,7 +239,7 @@ class WatchedDDPStrategy(DDPStrategy):
         watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
-        try:  # not cancelled after success: it also ends a new_group, the second connection, that is still waiting
+        try:  # after success the timer keeps running, because new_group, the second connection, can wait forever
             super().setup_distributed()
         except BaseException:
             watch.cancel()

@@ -15,7 +15,7 @@ from em_lightning.studies import EnergyLayer, LayerReport
 
 recipe = Recipe(
     __file__,
-    model=EnergyLayer,
+    model=EnergyLayer,  # the base class: the default config selects EMClassifier, which has num_classes
     data=TensorDataModule,
     report=LayerReport,
     data_to_model=["num_features", "num_classes"],

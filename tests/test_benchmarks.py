@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, run on the CPU at toy size, and the loop that recipes are timed against."""
+"""Benchmarks at toy size: GPU, backends and precision of EM, and the loop that recipes are timed against."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import backends, em_operator
 from benchmarks.recipes import Loop
+from em_lightning import EMOperator
 from em_lightning.data import Tensors
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -38,3 +40,23 @@ def test_the_loop_of_the_classifier_scores_the_logits_that_it_trains():
     right = loop.head(energies + torch.logsumexp(-energies, 1, keepdim=True)).argmax(1) == labels
     assert loop.measure()[-1] == right.float().mean()
     assert not torch.equal(right, loop.head(energies).argmax(1) == labels)
+
+
+def test_the_log_likelihood_in_the_loop_is_that_of_the_fitted_mixture_in_the_units_of_the_points():
+    torch.manual_seed(0)
+    x = 40.0 * em_operator.blobs(2, 100, 3, 4).double() + 7.0  # so that the loop scales and centers them
+    operator = EMOperator(4, 3, residual=False, covariance_floor=em_operator.LOW_FLOOR)
+    start = operator(x, num_iters=0)
+    expected = operator(x, init=start, num_iters=5).log_prob(x).mean(1)
+    torch.testing.assert_close(em_operator.in_the_loop(x, start, iterations=5), expected, rtol=1e-9, atol=0.0)
+
+
+def test_both_backends_find_the_log_likelihood_of_the_reference_in_float64(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["backends.py", "--sets", "1"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the whole test process
+    backends.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    errors = {(row[0], row[1]): float(row[-1]) for row in rows}
+    assert len(errors) == 4
+    assert max(error for (_, dtype), error in errors.items() if dtype == "float64") < 1e-9
+    assert max(errors.values()) < 1e-5

@@ -122,7 +122,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpoint and report, and the defaults that all recipes share."""
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
-        parser.add_argument("--table", type=dict | None, default=None, help="the table of em_lightning.studies.grid")
+        parser.add_argument("--table", type=dict | None, default=None, help="rows, which em-lightning run starts")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(self.recipe.report, "report")
         logger = {"save_dir": "lightning_logs", "name": self.script.stem, "default_hp_metric": False}
@@ -198,7 +198,7 @@ class RecipeCLI(LightningCLI):
         paragraphs = (
             f"Arguments with defaults: {' '.join(options)}",
             f"--config NAME or FILE: a config on top of the default one; variants: {variants}. --seeds 0,1,2: one run "
-            "per seed, and one table of all. --jobs N: parallel runs of a table or of seeds, by default one per core.",
+            "per seed, and one table of all. --jobs N: parallel runs, by default one per GPU or, on CPUs, per core.",
             "--help=all: all arguments. --print_config: the whole config.",
         )
         filled = (textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)

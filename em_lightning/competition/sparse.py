@@ -71,7 +71,7 @@ def hardmin(
         ScopeWarning: always; use softmin at a low temperature to stay inside the scope.
     """
     if not torch.compiler.is_compiling():
-        rule = "outside the scope of implicit EM: hypotheses with r = 0 get no gradient"
+        rule = "outside the scope of implicit EM: hypotheses with r = 0 get no gradient, at any distance"
         warnings.warn(f"hardmin is {rule}; use softmin at a low temperature", ScopeWarning, stacklevel=2)
     logits = to_logits(widen(energies), temperature, log_prior, dim)
     top = logits.amax(dim, keepdim=True)

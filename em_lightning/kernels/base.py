@@ -75,7 +75,7 @@ class Kernel(nn.Module):
             raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        # torch.autocast raises on the device "meta"; PyTorch 2.6 does not compile the function that asks for it.
+        # torch.autocast raises on the device "meta"; PyTorch 2.6 cannot compile is_autocast_available.
         has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             energies = self.energy(x.to(wide), centers.to(wide))
@@ -131,8 +131,8 @@ class EllipticalKernel(Kernel):
     The M-step is iteratively reweighted least squares (IRLS): each point has the weight :math:`u(y) = 2 \rho'(y)`. It
     never decreases the likelihood where :math:`\rho` is concave (majorize-minimize).
 
-    For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature with squared difference :math:`y`.
-    For Gaussian and Student-t, it is the energy itself. A ``scale`` :math:`s` divides the distance,
+    For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature at squared difference :math:`y`; for
+    Gaussian and Student-t, that of all D features, a function of :math:`y`. A ``scale`` :math:`s` divides the distance,
     :math:`\rho(y / s^2)`, and only changes the unit of an estimated :math:`\Sigma`; the Gaussian ignores it. Below the
     distance 1e-4 s the Laplace energy is a parabola, because its IRLS weight would tend to infinity there.
 

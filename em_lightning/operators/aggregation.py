@@ -23,10 +23,10 @@ class EMAggregation(Aggregation):
 
     .. math:: y = \sum_k s_k \mu_k, \qquad s = \operatorname{softmax}_k(a \log \pi_k - b \log \sigma_k)
 
-    a and b are learned; the initial values :math:`a = 1, b = 0` give the mean of the group. A large a selects the
-    heaviest cluster, a large b the tightest; outliers have little influence on either. With ``out_channels``, the
-    aggregation is an :class:`EMPooling` with a linear layer, for the readout of a graph.
-
+    The mixture is spherical, with weights :math:`\pi_k`, means :math:`\mu_k` and standard deviations :math:`\sigma_k`
+    (MAP-EM, ``covariance_strength=1``). a and b are learned; at first, :math:`a = 1, b = 0` give the group's mean.
+    A large a selects the heaviest cluster, a large b the tightest; outliers have little influence on either. With
+    ``out_channels``, the aggregation is an :class:`EMPooling` with a linear layer, for the readout of a graph.
     Groups may come in any order; empty groups give zeros. The cost is linear in the number of rows.
 
     Args:
@@ -34,7 +34,7 @@ class EMAggregation(Aggregation):
         num_iters: EM iterations per call.
         in_channels: features per row; required with ``out_channels``.
         out_channels: features of the result.
-        **pooling: with ``out_channels``, further arguments of :class:`EMPooling`.
+        **options: with ``out_channels``, further arguments of :class:`EMPooling`.
 
     Raises:
         ValueError: a number is out of range, or one of ``in_channels`` and ``out_channels`` is missing.
@@ -53,13 +53,13 @@ class EMAggregation(Aggregation):
         num_iters: int = 3,
         in_channels: int | None = None,
         out_channels: int | None = None,
-        **pooling: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
         if (in_channels is None) != (out_channels is None):
             raise ValueError(f"in_channels={in_channels} and out_channels={out_channels} must be given together")
-        if pooling and out_channels is None:
-            raise ValueError(f"{', '.join(pooling)} requires out_channels")
+        if options and out_channels is None:
+            raise ValueError(f"{', '.join(options)} requires out_channels")
         if num_components < 1 or num_iters < 0:
             raise ValueError(f"num_components={num_components} must be at least 1 and num_iters={num_iters} at least 0")
         self.num_components = num_components
@@ -67,7 +67,7 @@ class EMAggregation(Aggregation):
         self.pooling = None
         if in_channels is not None:
             self._build = functools.partial(
-                EMPooling, num_components, in_channels, num_iters=num_iters, out_features=out_channels, **pooling
+                EMPooling, num_components, in_channels, num_iters=num_iters, out_features=out_channels, **options
             )
             self.pooling = self._build()
         else:
@@ -91,7 +91,7 @@ class EMAggregation(Aggregation):
         dim: int = -2,
         max_num_elements: int | None = None,
     ) -> Tensor:
-        """Return a row per group, of its first ``max_num_elements`` rows; further axes are heads, fitted separately."""
+        """Return one row per group, from its first ``max_num_elements``; other axes are heads, fitted separately."""
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
@@ -106,8 +106,8 @@ class EMAggregation(Aggregation):
         index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
         limit = len(rows) if max_num_elements is None else max_num_elements
         if self.pooling is not None:
-            pooling, shape = self.pooling, (*shape[:-1], self.pooling.out_features)
-            (summaries,) = map_groups(lambda x, mask: (pooling(x, mask),), rows, index, num_groups * heads, limit)
+            module, shape = self.pooling, (*shape[:-1], self.pooling.out_features)
+            (summaries,) = map_groups(lambda x, mask: (module(x, mask),), rows, index, num_groups * heads, limit)
         else:
             fitted = fit_groups(rows, index, num_groups * heads, limit, self.num_components, self.num_iters)
             log_weights, means, log_scales = fitted

@@ -61,7 +61,7 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, lambda x: x, mask, None)  # only points.x is read, which needs no features
+        points = directions(x, lambda x: x, mask, None)  # only points.x is read: any features will do
         log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
         log_z, _ = log_normalizer(concentrations, x.shape[-1])
         joint = torch.baddbmm((log_weights - log_z).unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
@@ -72,18 +72,18 @@ register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.Direct
 
 
 class VonMisesFisher(FullCovariance):
-    r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
+    r"""The von Mises-Fisher family as a covariance type: features ``[1, x]``; ``covariances`` are kappa (B, K).
 
-    Instead of Bessel functions, each iteration evaluates two tables, with :math:`a = (D - 1) / 2`:
-    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and,
-    with the length R of the mean of x, :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth, bounded.
+    It inherits ``features`` of points (B, D, N), and ``sharing``. Instead of Bessel functions it evaluates two smooth,
+    bounded tables: with :math:`a = (D - 1) / 2`, :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function
+    of :math:`1 / (\kappa + a)`; with the length R of the mean, :math:`\kappa (1 - R)` as a function of :math:`1 - R`.
     """
 
     name = "von Mises-Fisher"
     native_kind = None  # the native backend serves covariances only
 
     def __init__(self, num_features: int, x: Tensor) -> None:
-        self.limit = a = 0.5 * (num_features - 1)  # of kappa (1 - R) for large kappa
+        self.a = a = 0.5 * (num_features - 1)  # also the limit of kappa (1 - R) for large kappa
         inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
         kappa = 1.0 / inverse - a
         log_z, r = log_normalizer(kappa, num_features)  # -log C and R
@@ -107,10 +107,10 @@ class VonMisesFisher(FullCovariance):
         return x[:, :0]
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, 1 + D) with ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
+        """Return theta (B, K, 1 + D), ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its value at mu."""
         log_weights, means, concentrations = parameters
-        total = concentrations + self.limit  # kappa + a; sub(p, q, alpha=a) below is p - a q
-        peak = log_weights - torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.limit)
+        total = concentrations + self.a  # sub(p, q, alpha=a) below is p - a q
+        peak = log_weights - torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.a)
         return torch.cat([(peak - concentrations).unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1), peak
 
     def estimate(
@@ -158,7 +158,7 @@ class DirectionalEM(SetOperator):
         dispersion_floor: lower bound of ``1 / kappa``, so kappa is at most 1e6 by default.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N); a common factor has no effect.
         - output: a :class:`DirectionalMixture` of B mixtures.
 
     Raises:
@@ -246,9 +246,9 @@ def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | N
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     """Return ``-log C_D(kappa)`` and its derivative ``R_{D/2-1}(kappa)``, the mean resultant length.
 
-    Ratios ``R_v = I_{v+1}(x) / I_v(x)`` follow downwards in v, which is stable: ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
-    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. From
-    ``y' = 1 + v^2 / x^2 - y / x - y^2``, ``c = 1/2 + (5q - 4) / 8s + p2 / 8s^2 + p3 / 128s^3`` with q = x^2 / s^2.
+    At x = kappa, ratios ``R_v = I_{v+1} / I_v`` follow downwards in v (stable): ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
+    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. Equal
+    powers of 1/s in ``y' = 1 + v^2 / x^2 - y / x - y^2`` give c, a series in 1/s with polynomials in ``q = x^2 / s^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """
@@ -264,7 +264,7 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     s = (v**2 + x.square()).sqrt()
     q = (x / s).square()
     p2, p3 = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
-    c = 0.5 + ((5.0 * q - 4.0) + (p2 + p3 / (16.0 * s)) / s) / (8.0 * s)
+    c = 0.5 + ((5.0 * q - 4.0) + (p2 + p3 / (16.0 * s)) / s) / (8.0 * s)  # up to 1 / s^3
     ratio = (s - v) / x - c * x / s.square()
     for step in range(count + _ORDERS, 0, -1):
         ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1

@@ -22,7 +22,7 @@ NOT_CHECKED = "not checked: "
 UNKNOWN = f"{NOT_CHECKED}the audit cannot tell whether this is a part of a softmax"
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 _RELU = "elementwise, no normalization, hard zeros"
-_LARGEST = 2**22  # most numbers in the padded table of checked groups, chosen; one division normalizes the others too
+_MOST_CHECKED = 2**22  # chosen; groups beyond so many numbers with padding are not checked: one operation makes all
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _COLUMNS = "layer|module|operation|hypotheses|exp|norm|soft|curvature|dF/dd - r|EM|reason".split("|")
 _SWAP = "replace it by a competition with SwapActivations (target= its class; functional=True if it is a function)"
@@ -51,15 +51,15 @@ class Finding:
     """The result of the audit for one operation of a module.
 
     Attributes:
-        path: the path of the module, or for a loss of the module that computed its logits.
+        path: the path of the module; for a loss, that of the module that computed its logits.
         module: the name of the module's class.
-        operation: what was recorded, such as ``"softmax"``, or the name of the class again.
+        operation: such as ``"softmax"``; the name of the class for a module that was judged as a whole.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
         curvature: mean and largest :func:`~.curvature` of items; None if not checked, or for several competitions.
-        error: largest difference between dF/dd and the responsibilities, either those that the model used or, for
-            modules of this library, those of a second call; None if not checked.
+        error: largest difference between dF/dd and the responsibilities, those that the model used or, for modules of
+            this library, those of a second call that the audit makes; None if not checked.
         reason: why this is EM or not.
         calls: how many calls over this axis the audit saw; the other fields are those of the call of largest error.
     """
@@ -129,13 +129,13 @@ class Audit(list[Finding]):
 
 @dataclass
 class Softmax:
-    """A recorded softmax, logsumexp, cross-entropy or attention."""
+    """A call of a softmax, logsumexp, cross-entropy or attention that the audit recorded."""
 
     path: str
     module: nn.Module
     operation: str
     logits: Tensor
-    output: Tensor
+    output: Tensor  # of a cross-entropy: the log-softmax in it
     axes: tuple[int, ...]  # of the hypotheses
     from_layer: bool  # whether a module returned the logits
     index: Tensor | None = None  # the group of each hypothesis on the axis, if groups compete separately
@@ -163,7 +163,7 @@ class Softmax:
         _, counts = self.index.unique(return_counts=True)
         groups = x.movedim(self.axes[0], 0)[self.index.argsort()].split(counts.tolist())
         per_group = int(counts.max()) * x.numel() // len(self.index)  # numbers with padding
-        some = groups[: max(1, _LARGEST // per_group)]
+        some = groups[: max(1, _MOST_CHECKED // per_group)]
         return pad_sequence(some, batch_first=True, padding_value=padding).movedim(1, -1)
 
     def _reason(self) -> str:

@@ -1,6 +1,6 @@
 """Runs of a recipe in parallel processes: one run per seed, or one per row and seed of a table.
 
-A config with the entry ``table`` describes such a table, which can be continued; its other entries apply to all rows:
+The entry ``table`` of a config describes a table, which can be continued; other entries of the config are for all rows:
 
     table:
       title: Ablation
@@ -173,9 +173,9 @@ def _gpus_of(load: Callable[[], Any], cell: Cell) -> list[str]:
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _start_worker(threads: int, gpus: Any) -> None:
+def _start_worker(threads: int, queue: Any) -> None:
     """Set GPU and number of threads, and exit when the parent process has ended for any reason."""
-    if gpu := gpus.get():
+    if gpu := queue.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()

@@ -30,7 +30,7 @@ class SelectionReport(Report):
 
     Args:
         components: further numbers of components, fitted by EM with the same ``init``.
-        max_iters: maximum number of iterations of each of these fits.
+        max_iters: maximum number of iterations of each of these fits and of scikit-learn's.
         sklearn_rows: largest number of unweighted rows to which scikit-learn's mixture is fitted; 0 never fits it.
     """
 
@@ -41,7 +41,7 @@ class SelectionReport(Report):
         self.components = list(components)
         self.max_iters = max_iters
         self.sklearn_rows = sklearn_rows
-        self._before = self._began = 0.0  # seconds before a resumption; clock at the start minus these seconds
+        self._before = self._began = 0.0  # seconds of training before a resumption; clock at the start, less these
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seconds": time.perf_counter() - self._began}
@@ -77,7 +77,7 @@ class SelectionReport(Report):
             f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row. BIC and AIC are of the "
             f"fitted rows; lower is better. EM starts with {module.hparams['init']} on {module.sample_size:,} rows, "
             f"scikit-learn with its own default. Seconds are wall-clock on this machine; those of this run include the "
-            "Trainer. A resumed run counts each of its parts up to the checkpoint from which the next part resumed.",
+            "Trainer, but not training that an interruption lost: what followed the last checkpoint before it.",
         ]
         bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}

@@ -52,10 +52,10 @@ def swap_calls(
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    The operator from ``make`` becomes a child of the module, named ``em_functional``. While a method runs whose code
-    names the function, all calls of the function run the operator instead, even those in unselected children; the name
-    of a child, ``self.relu``, does not count. Methods of torch's and Lightning's classes are skipped, and functions in
-    containers or objects are not found. For ``after_change`` see :func:`change_sites`. NoMatchError if none is found.
+    The operator becomes a child of the module, named ``em_functional``. While a method runs whose code names a function
+    of ``target``, all calls of it run the operator instead, even in unselected children. A child's name, such as
+    ``self.relu``, does not count. Methods of torch's and Lightning's classes and functions in containers are skipped.
+    ``make`` and ``calls`` are as in :func:`replace_modules`, ``after_change`` as in ``change_sites``; NoMatchError too.
     """
     model = surgery.model
     select.check_selection(model, "where", where)
@@ -123,7 +123,7 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
     )
 
 
-def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:  # 3 is chosen
+def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:  # chosen
     """Return whether a function reads one of the names, itself or through calls (not of torch) up to ``depth`` deep."""
     read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
     used = [function.__globals__.get(name) for name in read] if depth else []  # functions may be recursive
@@ -136,12 +136,12 @@ def _paths_read(code: types.CodeType) -> frozenset[str]:
     """Return the globals and attributes that code and nested code read: ``relu``, ``F.relu``, ``self.block.relu``."""
     paths = set().union(*(_paths_read(nested) for nested in code.co_consts if isinstance(nested, types.CodeType)))
     path = ""
-    for instruction in dis.get_instructions(code):
+    for instruction in dis.get_instructions(code):  # one of Python 3.13 loads two variables: the second is on top
         value = instruction.argval
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             path += f".{value}"
         elif instruction.opname != "EXTENDED_ARG":  # a part of the next instruction
-            path = str(value[-1] if isinstance(value, tuple) and value else value)  # Python 3.13 loads two variables
+            path = str(value[-1] if isinstance(value, tuple) and value else value)
         if instruction.opcode in dis.hasname:
             paths.add(path)
     return frozenset(paths)

@@ -31,7 +31,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
-    if not done:  # a module among the hyperparameters, of which the model is built, may have been changed before
+    if not done:  # the model may contain a module that was passed as a hyperparameter and has had its surgery already
         changed = [_recorded_path(site) for site in walk(model) if any(map(is_built, site.module.modules()))]
         done = [entry for entry in plan if entry["path"] in changed]
         if done:
@@ -39,8 +39,8 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
             record_plan(model, done)
     with _limited_memory():
         for entry in plan:
-            if shown_entry(entry) not in map(shown_entry, done):
-                surgery.by = entry["by"]
+            if shown_entry(entry) not in map(shown_entry, done):  # equal texts: the same surgery
+                surgery.by = entry["by"]  # the callback that made the change
                 try:
                     _apply(surgery, entry)
                 except ValueError:

@@ -18,7 +18,8 @@ inline int gradient_size(int64_t) { return num_sums(D); }
 
 class Component {
  public:
-  Component(const double* inverse, const double* mu, double peak, int64_t) : top(peak * kLog2e) {
+  // w_matrix: W; peak_in_nats: the joint log-density at the mean
+  Component(const double* w_matrix, const double* mu, double peak_in_nats, int64_t) : top(peak_in_nats * kLog2e) {
     // Let max be the largest number of Real. Entries of T up to max^0.4 keep t^2 finite for |u - mean| up to max^0.1.
     const double bound = std::pow(double(std::numeric_limits<Real>::max()), 0.4);
     double error[D];  // of the rounded mean
@@ -28,11 +29,11 @@ class Component {
       error[i] = rounded_mean - mu[i];
     }
     UNROLL for (int i = 0; i < D; ++i) {
-      w[i] = inverse[i * D + i];
+      w[i] = w_matrix[i * D + i];
       const double reciprocal = w[i] > 0.0 ? 1.0 / w[i] : 0.0;
       rest[i] = error[i];
       UNROLL for (int j = 0; j < i; ++j) {
-        const double entry = inverse[i * D + j] * reciprocal;
+        const double entry = w_matrix[i * D + j] * reciprocal;
         shear[below(i, j)] = Real(std::min(std::max(entry, -bound), bound));
         rest[i] += shear[below(i, j)] * error[j];
       }
@@ -43,18 +44,18 @@ class Component {
     }
   }
 
-  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over components so far.
-  void score(const V* u, int steps, V*, V* score, V* largest) const {
+  // Writes joint log-densities in units of log 2 to scores, and raises largest to their maximum over components so far.
+  void score(const V* u, int steps, V*, V* scores, V* largest) const {
     const Shear t_of(*this);
-    V first[D], second[D];
+    V linear_lanes[D], quadratic_lanes[D];
     const V highest = lanes(Real(top));
-    for (int i = 0; i < D; ++i) first[i] = lanes(linear[i]);
-    for (int i = 0; i < D; ++i) second[i] = lanes(quadratic[i]);
+    for (int i = 0; i < D; ++i) linear_lanes[i] = lanes(linear[i]);
+    for (int i = 0; i < D; ++i) quadratic_lanes[i] = lanes(quadratic[i]);
     for (int s = 0; s < steps; ++s) {
       V t[D], total = highest;
       t_of(u, s, t);
-      for (int i = 0; i < D; ++i) total -= (second[i] * t[i] + first[i]) * t[i];
-      score[s] = total;
+      for (int i = 0; i < D; ++i) total -= (quadratic_lanes[i] * t[i] + linear_lanes[i]) * t[i];
+      scores[s] = total;
       largest[s] = larger(largest[s], total);
     }
   }
@@ -65,20 +66,20 @@ class Component {
   template <class Weight>
   void add(const V* u, const V*, int steps, Weight r, V* sums) const {
     const Shear t_of(*this);
-    V own[1 + D + D * (D + 1) / 2] = {};
+    V local[1 + D + D * (D + 1) / 2] = {};
     for (int s = 0; s < steps; ++s) {
       V t[D];
       const V weight = r(s);
       t_of(u, s, t);
-      own[0] += weight;
+      local[0] += weight;
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
         const V weighted = weight * t[i];
-        own[1 + i] += weighted;
-        for (int j = 0; j <= i; ++j) own[pair++] += weighted * t[j];
+        local[1 + i] += weighted;
+        for (int j = 0; j <= i; ++j) local[pair++] += weighted * t[j];
       }
     }
-    for (int i = 0; i < num_sums(D); ++i) sums[i] += own[i];
+    for (int i = 0; i < num_sums(D); ++i) sums[i] += local[i];
   }
 
   // Converts sums of [1, t, t_i t_j] to sums of [1, y, y_i y_j].
@@ -92,16 +93,16 @@ class Component {
   }
 
   // Converts the gradient with respect to the sums of y to that with respect to the sums of t.
-  void store_gradient(const double* own, Real* result) const {
+  void store_gradient(const double* gradient, Real* result) const {
     double converted[1 + D + D * (D + 1) / 2];
-    converted[0] = own[0];
+    converted[0] = gradient[0];
     for (int i = 0; i < D; ++i) {
-      converted[1 + i] = w[i] * own[1 + i];
+      converted[1 + i] = w[i] * gradient[1 + i];
       converted[0] += rest[i] * converted[1 + i];
     }
     for (int i = 0; i < D; ++i)
       for (int j = 0; j <= i; ++j) {
-        const double pair = w[i] * w[j] * own[lower(i, j)];
+        const double pair = w[i] * w[j] * gradient[lower(i, j)];
         converted[lower(i, j)] = pair;
         converted[1 + i] += rest[j] * pair;
         converted[1 + j] += rest[i] * pair;
@@ -110,8 +111,8 @@ class Component {
     std::copy(converted, converted + num_sums(D), result);
   }
 
-  // slope = gradient . [1, t, t_i t_j]
-  void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
+  // slopes = gradient . [1, t, t_i t_j]
+  void slope(const V* u, const V*, int steps, const Real* gradient, V* slopes) const {
     const Shear t_of(*this);
     for (int s = 0; s < steps; ++s) {
       V t[D], total = lanes(gradient[0]);
@@ -122,7 +123,7 @@ class Component {
         for (int j = 0; j <= i; ++j) inner += gradient[pair++] * t[j];
         total += inner * t[i];
       }
-      slope[s] = total;
+      slopes[s] = total;
     }
   }
 
@@ -157,9 +158,9 @@ class Component {
   struct Shear {
     V mean[D], factor[kBelow];
 
-    explicit Shear(const Component& own) {
-      for (int i = 0; i < D; ++i) mean[i] = lanes(own.mean[i]);
-      for (int i = 0; i < D * (D - 1) / 2; ++i) factor[i] = lanes(own.shear[i]);
+    explicit Shear(const Component& component) {
+      for (int i = 0; i < D; ++i) mean[i] = lanes(component.mean[i]);
+      for (int i = 0; i < D * (D - 1) / 2; ++i) factor[i] = lanes(component.shear[i]);
     }
 
     void operator()(const V* u, int s, V* t) const {
