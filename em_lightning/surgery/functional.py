@@ -55,7 +55,7 @@ def swap_calls(
     The operator becomes a child of the module, named ``em_functional``. While a method runs whose code names a function
     of ``target``, all calls of it run the operator instead, even in unselected children. A child's name, such as
     ``self.relu``, does not count. Methods of torch's and Lightning's classes and functions in containers are skipped.
-    ``make`` and ``calls`` are as in :func:`replace_modules`, ``after_change`` as in ``change_sites``; NoMatchError too.
+    ``make``, ``calls`` and errors are those of :func:`replace_modules`; ``after_change`` is that of ``change_sites``.
     """
     model = surgery.model
     select.check_selection(model, "where", where)
