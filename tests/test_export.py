@@ -81,10 +81,10 @@ def test_a_traced_swapped_model_equals_eager(activation, tmp_path):
 def test_a_trained_operator_in_onnxruntime_equals_eager(options, tmp_path):
     operator = EMOperator(4, 3, num_iters=2, **options).eval()
     trained(operator, 0.02)
-    (definitions,) = re.findall(r"^def distances.*?(?=^exact = )", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (definitions,) = re.findall(r"^def distances.*?(?=^classical = )", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     names = {"torch": torch}
     exec(definitions, names)
-    table = names["table"]
+    table = names["decompositions"]
     x = clusters(2, 40, 3, dtype=torch.float32)
     program = torch.export.export(operator, (x,)).run_decompositions(table)
     other = clusters(2, 40, 3, dtype=torch.float32)
