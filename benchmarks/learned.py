@@ -1,6 +1,6 @@
 """Held-out likelihood and time of the pretrained PointCloudGMM and of tuned classical fits, by cloud size.
 
-    python benchmarks/learned.py fits FOLDER [--sizes 32,128] [--noise 0,0.02]   tune and measure the classical fits
+    python benchmarks/learned.py fits FOLDER [--sizes 32,128] [--noise 0,0.02]   tune and measure all fits
     python benchmarks/learned.py table FOLDER                                     measure the learned fit, print tables
     python benchmarks/learned.py dense FOLDER                                     more components for dense clouds
     python benchmarks/learned.py elsewhere FOLDER [--root raw.zip] [--meshes FOLDER ...]    other data, and other K

@@ -119,8 +119,8 @@ class EffectiveRank(UnitMoments):
 def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
     """Return the metrics of a competitive layer, to be updated with its energies.
 
-    ``l0`` counts energies above 0.01. After a ReLU these are the nonzero outputs; winners have low energies and are not
-    counted. The metrics of moments share one state. Other arguments: see :class:`torchmetrics.MetricCollection`.
+    ``l0`` counts units whose energy is above 0.01: the nonzero outputs of a ReLU, but not winners, whose energies are
+    low. The metrics of moments share one state. Other arguments: see :class:`torchmetrics.MetricCollection`.
 
     Example:
         >>> metrics = layer_metrics()

@@ -41,10 +41,10 @@ _OPERATIONS = {
     "aten::argmax": "argmax",
 }
 _FUNCTIONS = {f"aten::{function.__name__}": kind for function, kind in FUNCTIONS.items()}
-_NOT_SEARCHED = (*FUNCTIONS.values(), nn.RNNBase, nn.RNNCellBase)  # for activation functions: activations, and gates
+_NOT_SEARCHED = (*FUNCTIONS.values(), nn.RNNBase, nn.RNNCellBase)  # for functions: activations, and gates of RNNs
 _NAMESPACES = "aten prim prims profiler c10d _c10d_functional fsdp torch_scatter torch_sparse em_lightning".split()
 _SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm mv dot linalg_vector_norm".split()
-_PRODUCTS = ("mul", "masked_fill", "where", "clone", "to_copy")  # which may mask exponentials, or copy them
+_MASKS_AND_COPIES = ("mul", "masked_fill", "where", "clone", "to_copy")
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
 # Uncalled modules inside these are not reported, because their weights may be read without calling them.
 _REPORTED_AS_A_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
@@ -197,8 +197,8 @@ class _Recorder(TorchDispatchMode):
         self.sites = [site for site in walk(model) if not site.function]
         self.called: dict[str, nn.Module] = {}
         self.softmaxes: list[Softmax] = []
-        # By the _key of the tensor that is their last entry, kept because a freed address could be reused.
-        self._exponentials: dict[Any, tuple[Finding, Tensor, Tensor]] = {}  # finding if it is no softmax, values of exp
+        # By _key(tensor). The tensor itself is the last entry of each value, so that no other gets its address.
+        self._exponentials: dict[Any, tuple[Finding, Tensor, Tensor]] = {}  # row if it is no softmax; values of exp
         self._gathered: dict[Any, tuple[Any, Any, Any]] = {}  # axes and index of the gathering
         self._makers: dict[Any, tuple[str, nn.Module, Tensor]] = {}  # path and module that returned the tensor
         self._summed: dict[int, tuple[Finding, Tensor]] = {}  # exponentials with a sum, by the id of the finding
@@ -251,8 +251,8 @@ class _Recorder(TorchDispatchMode):
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         else:
             maker = self._makers.get(_key(args[0]))
-            # A softmax belongs to the layer that returned its logits if it runs in no layer: in training_step (stack:
-            # model), in the model's forward (model, model), in a module that training_step calls, or in a loss module.
+            # A softmax belongs to the layer that returned its logits if it runs in no layer, or in a loss. The stack
+            # begins with the model, and its forward adds it again: with at most two entries, no layer is running.
             in_no_layer = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
             if maker is not None and in_no_layer:
                 path, module, _ = maker
@@ -265,12 +265,12 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _follow(self, name: str, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Follow exponentials, possibly computed twice, to their sums and to quotients that may be their softmax."""
+        """Follow exponentials to sums and to quotients; a model may compute them once for the sum, and once again."""
         if name == "exp" and output.is_floating_point() and output.numel() > 1:
             row = Finding(path, type(module).__name__, "exp", reason=UNKNOWN)
             self._exponentials[_key(output)] = row, output.clone(), output
         elif name in ("index_select", "gather", "index"):
-            axis, index = args[1:3] if len(args) > 2 else (0, args[1][0])
+            axis, index = args[1:3] if len(args) > 2 else (0, args[1][0])  # the last is index(x, [i])
             index = index.movedim(axis, 0).flatten(1)[:, 0] if isinstance(index, Tensor) and index.ndim > 1 else index
             self._gathered[_key(output)] = (axis,), index, output
         found = [self._exponentials[_key(x)] for x in args if isinstance(x, Tensor) and _key(x) in self._exponentials]
@@ -278,7 +278,7 @@ class _Recorder(TorchDispatchMode):
             is_dense = torch.empty_like(output).stride() == output.stride()  # without gaps, as the values are
             if name in _SUMS:
                 self._summed[id(row)] = row, values
-            elif name in _PRODUCTS:
+            elif name in _MASKS_AND_COPIES:
                 self._exponentials[_key(output)] = row, values, output
             elif name == "div" and isinstance(args[1], Tensor) and is_dense and output.numel() == values.numel():
                 logits = values.as_strided(output.shape, output.stride()).log().masked_fill(output == 0, -math.inf)

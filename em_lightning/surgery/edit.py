@@ -21,7 +21,7 @@ Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
 AfterChange = Callable[[Site, "Change"], None]
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
-# Attribute of a new module whose undo found it replaced by a later surgery: the module to restore instead of it.
+# Attribute of a new module, set by an undo while a later surgery keeps the module: what the later undo must restore.
 _BEFORE = "_em_before"
 
 
