@@ -108,7 +108,7 @@ class SurgicalCallback(Callback):
             self._warned = True
             old = {id(change.old): change.path for change in changes if change.path in uncalled}
             named = [(site.path, old[id(site.module)]) for site in walk(pl_module) if id(site.module) in old]
-            others = [path for path, changed in named if not path.startswith(changed)]
+            others = [path for path, changed in named if not f"{path}.".startswith(f"{changed}.")]
             rank_zero_warn(
                 f"{type(self).__name__} changed {', '.join(uncalled)}, but no batch of the epoch called the forward "
                 f"there: the change has no effect" + f"; select the same layers by {', '.join(others)}" * bool(others)
