@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_lightning import EMOperator, Mixture
@@ -14,6 +15,7 @@ from em_lightning.mixture.backends import native, use_backend
 from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, smallest_pivots
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics
+from em_lightning.mixture.em import iteration
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame
 
@@ -254,6 +256,88 @@ def test_derivatives_of_the_m_step_by_differences(kind):
 
     assert torch.autograd.gradcheck(parameters, sums)
     assert torch.autograd.gradgradcheck(parameters, sums)
+
+
+def whole_step(backend, kind, x, parameters, mask=None, weights=None):
+    """Return parameters, statistics and the names of the operators of an EM iteration."""
+    covariance = COVARIANCES[kind]
+    parameters = parameters._replace(covariances=covariances_of(kind, parameters.covariances))
+    with use_backend(backend), Operators() as operators:
+        points = prepare(x, covariance.features, mask, weights)
+        found = iteration(points, parameters, Likelihood(covariance), points.floor(1e-3), with_log_likelihood=True)
+    return *found, operators.names
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of this library's operators in its context."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "em_lightning" else []
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features, items", [(1, 1), (2, 300), (3, 5000), (9, 40)])
+def test_a_whole_step_agrees_with_the_reference(kind, dtype, features, items):
+    x, parameters = problem(dtype, items=items, features=features)
+    for mask, weights in ((None, None), (torch.rand(2, items) < 0.7, torch.rand(2, items, dtype=dtype))):
+        after, statistics, names = whole_step("native", kind, x, parameters, mask, weights)
+        if kind != "tied":  # which needs the sums of all components first
+            assert names == ["em_lightning::em_step"]
+        expected, of_reference, _ = whole_step("reference", kind, x, parameters, mask, weights)
+        for own, other in zip((*after, *statistics), (*expected, *of_reference), strict=True):
+            assert own.shape == other.shape
+            scale = other.abs().max().clamp(min=0.1)
+            torch.testing.assert_close(own / scale, other / scale, rtol=0.0, atol=TOLERANCE[dtype])
+
+
+@needs_compiler
+def test_a_whole_step_has_the_results_of_separate_ones_for_degenerate_components():
+    x, parameters = problem(torch.float64, items=300)
+    flat = parameters.covariances.clone()
+    flat[0, 0] = torch.tensor([[1.0, 2.0], [2.0, 1.0]])  # indefinite
+    flat[1, 1] = 0.0
+    parameters = parameters._replace(covariances=flat, log_weights=parameters.log_weights - 800.0 * torch.eye(2, 3))
+    after, statistics, names = whole_step("native", "full", x, parameters)
+    leaf = parameters.means.clone().requires_grad_()
+    expected, separate, _ = whole_step("native", "full", x, parameters._replace(means=leaf))
+    assert names == ["em_lightning::em_step"]
+    for own, other in zip((*after, *statistics), (*expected, *separate), strict=True):
+        torch.testing.assert_close(own, other.detach(), rtol=1e-9, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["points", "means", "weights"])
+def test_a_step_whose_derivatives_are_wanted_is_not_a_whole_one(which):
+    x, parameters = problem(torch.float64)
+    weights = torch.rand(2, 300, dtype=torch.float64)
+    inputs = {"points": x, "means": parameters.means, "weights": weights}
+
+    def step_with(replacement, backend="native"):
+        given = {**inputs, which: replacement}
+        given_parameters = parameters._replace(means=given["means"])
+        return whole_step(backend, "full", given["points"], given_parameters, weights=given["weights"])
+
+    plain = inputs[which]
+    leaf = plain.clone().requires_grad_()
+    after, _, names = step_with(leaf)
+    assert after.means.requires_grad and "em_lightning::em_step" not in names
+    with torch.no_grad():
+        assert step_with(leaf)[2] == ["em_lightning::em_step"]
+    direction = torch.linspace(-1.0, 1.0, plain.numel(), dtype=plain.dtype).view_as(plain)
+    tangents = []
+    for backend in ("native", "reference"):
+        with forward_ad.dual_level():
+            after, _, _ = step_with(forward_ad.make_dual(plain, direction), backend)
+            tangents.append(forward_ad.unpack_dual(after.means).tangent)
+    assert tangents[0].abs().max() > 0
+    torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-12)
 
 
 @needs_compiler

@@ -101,15 +101,13 @@ def e_step(
     log-densities (B, K, N), with the background last, to responsibilities; by default it is the softmax of their
     quotient by the ``temperature``. ``couples_points`` tells whether ``respond`` needs all points of a set at once.
     """
-    tempered = isinstance(temperature, Tensor) or temperature != 1.0
+    tempered = is_tempered(temperature)
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     # With a temperature, the native log-likelihood would be that of the tempered densities.
-    if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
+    tensors = points.weights, *parameters
+    if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, tensors):
         arguments = _native_arguments(points, parameters, likelihood.family, temperature)
-        moments, log_likelihood = native.e_step(*arguments, with_log_likelihood)
-        mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
-        mass, no_background = mass.squeeze(-1), torch.zeros_like(points.mass)
-        return SufficientStatistics(mass, mass, first, second, log_likelihood, no_background, points.num_points)
+        return statistics_of_sums(points, *native.e_step(*arguments, with_log_likelihood))
     theta, peak = likelihood.family.natural_parameters(parameters)
 
     def sums_of_block(
@@ -146,6 +144,18 @@ def e_step(
     return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
 
 
+def is_tempered(temperature: float | Tensor) -> bool:
+    """Return whether a temperature may be other than 1; the value of a tensor is not read."""
+    return isinstance(temperature, Tensor) or temperature != 1.0
+
+
+def statistics_of_sums(points: Points, sums: Tensor, log_likelihood: Tensor) -> SufficientStatistics:
+    """Return the statistics of Gaussian components without a background from their sums (B, K, F)."""
+    mass, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
+    mass, no_background = mass.squeeze(-1), torch.zeros_like(points.mass)
+    return SufficientStatistics(mass, mass, first, second, log_likelihood, no_background, points.num_points)
+
+
 def _native_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
@@ -154,7 +164,7 @@ def _native_arguments(
     factors = family.factorize(covariances, means)
     factor, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factors)  # per component
     peak = family.log_peak(log_weights, inverse, points.num_features)
-    if isinstance(temperature, Tensor) or temperature != 1.0:  # covariances are multiplied by T
+    if is_tempered(temperature):  # covariances are multiplied by T
         peak, factor, inverse = peak / temperature, factor * temperature**0.5, inverse / temperature**0.5
     return points.x, points.weights, means, inverse, peak, factor.detach(), *points.frame, family.native_kind
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from em_lightning.distributed import accumulation_dtype
+from em_lightning.mixture.backends import native
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import Covariance, covariance_of
-from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
-from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, is_tempered, statistics_of_sums
+from em_lightning.mixture.m_step import PseudoCounts, m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
-from em_lightning.mixture.points import Frame, Parameters, power_of_two, prepare
+from em_lightning.mixture.points import Frame, Parameters, Points, power_of_two, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -54,9 +56,36 @@ def em_step(
     mask, weights = (None if part is None else part.expand(x.shape[:2]) for part in (mask, weights))
     points = prepare(x, covariance.features, mask, weights)
     parameters = points.frame.enter_parameters(mixture.parameters())
-    statistics = e_step(points, parameters, Likelihood(covariance))
-    after = m_step(statistics, covariance, points.floor(floor), parameters.covariances)
+    after, _ = iteration(points, parameters, Likelihood(covariance), points.floor(floor))
     return mixture_of(points, after, covariance, x.dtype)
+
+
+def iteration(
+    points: Points,
+    parameters: Parameters,
+    likelihood: Likelihood,
+    floor: Tensor,
+    prior: PseudoCounts | None = None,
+    background: UniformBackground | None = None,
+    respond: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> tuple[Parameters, SufficientStatistics]:
+    """Return the parameters after an EM iteration, and its statistics; ``respond`` and ``options`` as in ``e_step``."""
+    family, tensors = likelihood.family, (points.weights, *parameters)
+    plain = all(part is None for part in (prior, background, respond, likelihood.kernel)) and family.native_m_step
+    if plain and not is_tempered(options.get("temperature", 1.0)) and native.serves_step(points.x, family, tensors):
+        arguments = (
+            points.x,
+            *tensors,
+            *points.frame,
+            floor,
+            family.native_kind,
+            options.get("with_log_likelihood", False),
+        )
+        sums, log_likelihood, *after = native.em_step(*arguments)
+        return Parameters(*after), statistics_of_sums(points, sums, log_likelihood)
+    statistics = e_step(points, parameters, likelihood, respond, **options)
+    return m_step(statistics, family, floor, parameters.covariances, prior, background), statistics
 
 
 class Fit(NamedTuple):

@@ -54,9 +54,8 @@ def m_step(
     """
     mass, zeroth, first, second, _log_likelihood, background_mass, _num_points = statistics
     gaussian = zeroth is mass  # e_step returns the same tensor for both
-    plain = gaussian and prior is None and background is None and family.native_kind is not None
-    closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
-    if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
+    plain = gaussian and prior is None and background is None and family.native_m_step
+    if plain and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
         return Parameters(*native.m_step(mass, first, second, before, floor, family.native_kind))
     eps = 10.0 * torch.finfo(mass.dtype).eps  # added to the mass as in scikit-learn, so that each step agrees
     zeroth_eps: float | Tensor = eps

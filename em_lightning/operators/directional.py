@@ -80,7 +80,7 @@ class VonMisesFisher(FullCovariance):
     """
 
     name = "von Mises-Fisher"
-    native_kind = None  # the native backend serves covariances only
+    native_kind, native_m_step = None, False  # the native backend serves covariances only
 
     def __init__(self, num_features: int, x: Tensor) -> None:
         self.a = a = 0.5 * (num_features - 1)  # also the limit of kappa (1 - R) for large kappa

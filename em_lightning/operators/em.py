@@ -14,8 +14,8 @@ from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmi
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
-from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint_of_points
-from em_lightning.mixture.em import where
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, log_density, log_joint_of_points
+from em_lightning.mixture.em import iteration, where
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.points import Parameters, Points, prepare
@@ -23,7 +23,7 @@ from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
-from em_lightning.operators.start import Sets, build_start
+from em_lightning.operators.start import LearnedStart, Sets, build_start
 
 _TRIAL_ITERATIONS = 5  # largest number of exact iterations before starts are compared; the default of ``num_iters``
 
@@ -203,7 +203,8 @@ class EMOperator(SetOperator):
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, family: Covariance | None = None
     ) -> Sets:
         family = family or self.family  # a given mixture may have another covariance type
-        points = prepare(x, family.features, mask, weights)
+        needs_moments = isinstance(self.start, LearnedStart) or not (self.prior is None and self.correction is None)
+        points = prepare(x, family.features, mask, weights, with_moments=needs_moments)
         floor, counts = points.floor(self.covariance_floor), None
         if self.prior is not None:
             counts = self.prior.pseudo_counts(points.frame, points.mean, points.variance, family, self.num_components)
@@ -214,8 +215,7 @@ class EMOperator(SetOperator):
             """Return the objective (B,) after a few exact iterations."""
             state = self._with_room_for_background(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
-                statistics, _ = self._e_step(sets, state, with_objective=False)
-                state = self._m_step(statistics, sets, state)
+                state, _, _ = self._iteration(sets, state)
             return self._objective(sets, state)
 
         return self._with_room_for_background(self.start(sets, score if try_several else None))
@@ -234,22 +234,20 @@ class EMOperator(SetOperator):
     def _step(
         self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics, objective = self._e_step(sets, state, with_objective)
-        after = self._m_step(statistics, sets, state)
+        after, statistics, objective = self._iteration(sets, state, with_objective)
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
         counts = None if sets.pseudo_counts is None else correction.pseudo_counts(sets.pseudo_counts, self.family)
-        corrected = self._m_step(statistics, sets._replace(pseudo_counts=counts), state)
+        corrected = m_step(statistics, self.family, sets.floor, state.covariances, counts, self.background)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Progress is 1 in the last iteration. Earlier ones need no safeguard, as an exact M-step follows them.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
-    def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:
-        return m_step(statistics, self.family, sets.floor, state.covariances, sets.pseudo_counts, self.background)
-
-    def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
-        """Return the sufficient statistics, and the objective (B,), which is 0 if not requested."""
+    def _iteration(
+        self, sets: Sets, state: Parameters, with_objective: bool = False
+    ) -> tuple[Parameters, SufficientStatistics, Tensor]:
+        """Return the state after exact EM, the statistics, and the objective (B,), which is 0 if not requested."""
         points, competition = sets.points, self.competition
         likelihood = self._likelihood(points, state, self.family)
 
@@ -258,14 +256,16 @@ class EMOperator(SetOperator):
             return competition(-joint, dim=1, **coupling).responsibilities
 
         options: dict[str, Any] = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
-        if isinstance(competition, Softmin):  # the competition that e_step has by default
-            statistics = e_step(points, state, likelihood, temperature=competition.temperature, **options)
+        if isinstance(competition, Softmin):  # the competition that the E-step has by default
+            options["temperature"] = competition.temperature
         else:
-            statistics = e_step(points, state, likelihood, respond, **options)
+            options["respond"] = respond
+        given = sets.floor, sets.pseudo_counts, self.background
+        after, statistics = iteration(points, state, likelihood, *given, **options)
         if not with_objective:
-            return statistics, statistics.log_likelihood
+            return after, statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_jacobian() * points.mass
-        return statistics, self._with_prior(sets, state, log_likelihood)
+        return after, statistics, self._with_prior(sets, state, log_likelihood)
 
     def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.

@@ -1,8 +1,7 @@
 // Cholesky factors of many small matrices, their inverses, and the gradient of both.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include "gaussian.h"
+
 #include <vector>
 
 namespace {
@@ -17,41 +16,12 @@ struct Problem {
   double* grad_matrix;
 };
 
-// Bound of entries of L relative to their largest possible size; above 1, so that round-off changes no valid entry.
-constexpr double kBound = 1.001;
-
-// Writes the factors L and their inverses W (lower triangles) of the lower triangles of matrices (count, size, size).
-// Pivots, the squared diagonal entries of L, are at least ``pivots`` (count, size). The squares of a row of L add up to
-// the diagonal entry of the matrix, unless rounding made it indefinite. Therefore entries are bounded by the root of
-// the diagonal entry. kSize is the size where it is known to the compiler, otherwise 0.
 template <int kSize>
 void factorize(const Problem& p) {
-  const int64_t size = kSize > 0 ? kSize : p.size;
-  for (int64_t n = 0; n < p.entries / (size * size); ++n) {
-    const double *a = p.matrix + n * size * size, *least = p.pivots + n * size;
-    double *l = p.scale + n * size * size, *w = p.inverse + n * size * size;
-    for (int64_t i = 0; i < size; ++i) {
-      const double largest = kBound * std::sqrt(std::max(a[i * size + i], least[i]));  // of entries of row i
-      double pivot = a[i * size + i];
-      for (int64_t j = 0; j < i; ++j) {
-        double entry = a[i * size + j];
-        for (int64_t q = 0; q < j; ++q) entry -= l[i * size + q] * l[j * size + q];
-        entry = std::min(std::max(entry * w[j * size + j], -largest), largest);
-        l[i * size + j] = entry;
-        pivot -= entry * entry;
-      }
-      const double root = std::sqrt(pivot < least[i] ? least[i] : pivot), reciprocal = 1.0 / root;
-      l[i * size + i] = root;
-      w[i * size + i] = reciprocal;
-      for (int64_t j = 0; j < i; ++j) {  // row i of L W = I
-        double entry = 0.0;
-        for (int64_t q = j; q < i; ++q) entry += l[i * size + q] * w[q * size + j];
-        w[i * size + j] = -entry * reciprocal;
-      }
-      std::fill(l + i * size + i + 1, l + (i + 1) * size, 0.0);
-      std::fill(w + i * size + i + 1, w + (i + 1) * size, 0.0);
-    }
-  }
+  const int64_t size = p.size, area = size * size;
+  for (int64_t n = 0; n < p.entries / area; ++n)
+    gaussian::factorize<kSize>(p.matrix + n * area, p.pivots + n * size, size, p.scale + n * area,
+                               p.inverse + n * area);
 }
 
 }  // namespace
@@ -93,7 +63,7 @@ extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
     std::fill(result, result + size * size, 0.0);
     // From the last entry to the first; each adds to g its share of the gradients in the entries that it depends on.
     for (int64_t i = size - 1; i >= 0; --i) {
-      const double largest = kBound * std::sqrt(std::max(a[i * size + i], least[i]));
+      const double largest = gaussian::kBound * std::sqrt(std::max(a[i * size + i], least[i]));
       const double root = l[i * size + i];
       const double of_pivot = root > std::sqrt(least[i]) ? 0.5 * g[i * size + i] / root : 0.0;
       result[i * size + i] = of_pivot;

@@ -41,6 +41,10 @@ struct Problem {
   double *sums, *log_likelihood, *log_density;
   Real* grad_x;
   double* grad_weights;
+  // With covariances, the whole EM step is computed: W, L and peak above are null, as they follow from these
+  // parameters, and the M-step with the floor (B,) of variances writes the next ones.
+  const double *log_weights, *covariances, *floor;
+  double *next_log_weights, *next_means, *next_covariances;
   const double* grad_density;  // the gradient of the log-densities (null in the forward pass)
   int64_t grad_density_set_stride, grad_density_item_stride;
 };
@@ -128,10 +132,32 @@ class Worker {
     for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);  // to sums of [1, y, s(y)]
   }
 
+  // Adds the results of all tasks of the set of the last run, in their order, to those of the first. Converts them from
+  // whitened points to z. A result has K M sums and the log-likelihood.
+  void finish(double* result, int64_t tasks) {
+    const int64_t size = K * M + 1, factor = factor_size(p.features);
+    for (int64_t task = 1; task < tasks; ++task)
+      for (int64_t i = 0; i < size; ++i) result[i] += result[task * size + i];
+    if (p.log_likelihood) p.log_likelihood[set] = result[size - 1];
+    for (int64_t k = 0; p.sums && k < K; ++k) {
+      const int64_t row = set * K + k;
+      const double* own = result + k * M;
+      const double* l = scale + k * factor;
+      if (p.grad_density) {
+        parameter_gradient(own, l, inverse + k * factor, p.features, p.sums + row * (1 + p.features + factor));
+      } else {
+        unwhiten(own, l, p.means + row * p.features, p.features, p.sums + row * M);
+      }
+    }
+    if (p.covariances) maximize();
+  }
+
  private:
   const Problem& p;
   const int64_t K, M, G;                      // components; per component, number of sums and of stored gradients
   int64_t set = -1;                           // of the rows that are processed; -1: none yet
+  const double *inverse, *scale, *peak;       // of the components of this set, given or computed
+  std::vector<double> factors;                // those that are computed
   std::vector<Component> components;          // of this set
   std::vector<Real> gradients, origin;        // gradients of the sums (K, G); origin of the coordinates u (D,)
   std::vector<V> points, grad_points;         // u, and the gradient in u, both (D, kSteps)
@@ -156,24 +182,57 @@ class Worker {
     const double bound = std::pow(double(Limits::max()), 0.4);
     const int64_t features = p.features, size = factor_size(features);
     inverse_unit = Real(1.0 / unit);
-    std::vector<double> component_mean(features), shift(features), inverse(size), gradient(M);
+    if (p.covariances) {
+      factorize();
+    } else {
+      inverse = p.inverse + set * K * size, scale = p.scale + set * K * size, peak = p.peak + set * K;
+    }
+    std::vector<double> component_mean(features), shift(features), scaled(size), gradient(M);
     const double* center = p.center + set * features;
     origin.assign(center, center + features);
     for (int64_t i = 0; i < features; ++i) shift[i] = (center[i] - rounded(center[i])) / unit;
     components.clear();
     components.reserve(K);
-    for (int64_t k = set * K; k < (set + 1) * K; ++k) {
-      const double* mean = p.means + k * features;
+    for (int64_t k = 0; k < K; ++k) {
+      const double* mean = p.means + (set * K + k) * features;
       for (int64_t i = 0; i < features; ++i)
         component_mean[i] = mean[i] * inverse_ratio + shift[i];
       for (int64_t i = 0; i < size; ++i)
-        inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
-      components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
+        scaled[i] = std::min(std::max(inverse[k * size + i] * ratio, -bound), bound);
+      components.emplace_back(scaled.data(), component_mean.data(), peak[k], features);
       if (p.grads) {
-        whiten_gradient(p.grads + k * M, p.scale + k * size, mean, features, gradient.data());
-        components.back().store_gradient(gradient.data(), &gradients[(k - set * K) * G]);
+        whiten_gradient(p.grads + (set * K + k) * M, scale + k * size, mean, features, gradient.data());
+        components.back().store_gradient(gradient.data(), &gradients[k * G]);
       }
     }
+  }
+
+  // Computes W, L and the log-densities at the means from the covariances of the set.
+  void factorize() {
+    const int64_t features = p.features, size = factor_size(features);
+    factors.resize(K * (2 * size + 1));
+    double *w = factors.data(), *l = w + K * size, *at_mean = l + K * size;
+    inverse = w, scale = l, peak = at_mean;
+    const double normalizer = 0.5 * features * std::log(2.0 * 3.14159265358979323846);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t row = set * K + k;
+      const double log_det = factorize_covariance(p.covariances + row * size, p.means + row * features, features,
+                                                  l + k * size, w + k * size);
+      at_mean[k] = p.log_weights[row] + log_det - normalizer;
+    }
+  }
+
+  // Writes the parameters of the M-step from the sums of the set.
+  void maximize() const {
+    const int64_t D = p.features, size = factor_size(D);
+    const double* sums_of_set = p.sums + set * K * M;
+    for (int64_t k = 0; k < K; ++k) {
+      const double* own = sums_of_set + k * M;
+      const int64_t row = set * K + k;
+      gaussian::estimate(KIND, D, own[0], own + 1, own + 1 + D, p.floor[set], p.next_means + row * D,
+                         p.next_covariances + row * size);
+    }
+    gaussian::estimate_weights(K, sums_of_set, M, p.next_log_weights + set * K);
   }
 
   // Copies rows as u, feature by feature. Rows that fill up the last vectors repeat the last row with weight zero.
@@ -308,27 +367,10 @@ class Worker {
   }
 };
 
-// Adds the results of all tasks of a set, in their order, to those of the first, and converts them from whitened points
-// to z. A result has size numbers: K M sums and the log-likelihood.
-void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t size) {
-  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
-  for (int64_t task = 1; task < tasks; ++task)
-    for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
-  if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
-  for (int64_t k = 0; p.sums && k < p.components; ++k) {
-    const int64_t row = set * p.components + k;
-    const double *scale = p.scale + row * factor, *inverse = p.inverse + row * factor;
-    if (p.grad_density) {
-      parameter_gradient(sums + k * M, scale, inverse, features, p.sums + row * (1 + features + factor));
-    } else {
-      unwhiten(sums + k * M, scale, p.means + row * features, features, p.sums + row * M);
-    }
-  }
-}
-
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With grad_density it writes instead of
+// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With covariances it also writes the
+// parameters of the M-step. With grad_density it writes instead of
 // the sums the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;
@@ -344,7 +386,7 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
     for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;
       worker.run(set, first, std::min(first + kRowsPerTask, p.items), &results[task * size]);
-      if (--unfinished[set] == 0) finish(p, set, &results[set * tasks_per_set * size], tasks_per_set, size);
+      if (--unfinished[set] == 0) worker.finish(&results[set * tasks_per_set * size], tasks_per_set);
     }
   };
   std::vector<std::thread> others;

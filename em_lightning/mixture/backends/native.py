@@ -76,18 +76,25 @@ class use_backend:
         _chosen = self.before
 
 
-def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
-    """Return whether C++ or Triton computes the E-step of points (B, D, N) under a family of densities."""
+def serves(x: Tensor, family: Any, others: Sequence[Tensor | None] = ()) -> bool:
+    """Return whether C++ or Triton computes the E-step of points (B, D, N); others are weights and parameters."""
     kind = getattr(family, "native_kind", None)
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "triton":
-        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *parameters)
-    if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *parameters):
+        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *others)
+    if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *others):
         return False
     if _chosen == "native":
         _require(kind, x.shape[1], x.dtype)
     return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
+
+
+def serves_step(x: Tensor, family: Any, others: Sequence[Tensor | None]) -> bool:
+    """Return whether C++ computes a whole EM step of points x, for a call in which nothing needs a gradient."""
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *others)) and torch.is_grad_enabled()
+    wanted = wanted or _is_exporting()  # a later call of the program may need one
+    return not wanted and not _is_for_triton(x) and serves(x, family, others)
 
 
 def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
@@ -104,12 +111,13 @@ def _triton() -> Any:
     return importlib.import_module("em_lightning.mixture.backends.triton")
 
 
-def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
+def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
     if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
         return False
     if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
         return _chosen == "native" or not _is_exporting()
-    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)  # neither jvp nor torch.func
+    tensors = [part for part in (tensor, *others) if part is not None]  # neither of jvp nor of torch.func
+    return all(forward_ad.unpack_dual(part).tangent is None for part in tensors) and have_memory(*tensors)
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -129,6 +137,7 @@ _ARGUMENTS = (
 )
 _THREE = "(Tensor, Tensor, Tensor)"  # results
 _X, _MEANS = 0, 2  # positions of arguments
+_PARAMETERS = "log_weights", "covariances", "floor", "next_log_weights", "next_means", "next_covariances"  # of em_step
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the second only
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
@@ -142,6 +151,21 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     sums, log_likelihood = _empty_statistics(*arguments)
     _run(kind, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
     return sums, log_likelihood
+
+
+@_operator(
+    "em_lightning::em_step",
+    schema="(Tensor x, Tensor? weights, Tensor log_weights, Tensor means, Tensor covariances, Tensor center, "
+    "Tensor unit, Tensor floor, str kind, bool with_log_likelihood) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def em_step(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the results of :func:`e_step` and :func:`m_step`, for parameters in coordinates z; without gradient."""
+    x, weights, log_weights, means, covariances, *frame, floor, kind, with_log_likelihood = arguments
+    results = sums, log_likelihood, *after = _empty_step(*arguments)
+    parameters = dict(zip(_PARAMETERS, (log_weights, covariances, floor, *after), strict=True))
+    requested = log_likelihood if with_log_likelihood else None
+    _run(kind, [x, weights, means, None, None, None, *frame], sums=sums, log_likelihood=requested, **parameters)
+    return results
 
 
 @_operator("em_lightning::log_density", schema=f"({_ARGUMENTS}) -> Tensor")
@@ -177,6 +201,12 @@ def _empty_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     num_sets, num_components, d = means.shape
     size = 1 + d + {"full": d * (d + 1) // 2, "diag": d, "spherical": 1}[kind]
     return means.new_empty(num_sets, num_components, size), means.new_zeros(num_sets)
+
+
+def _empty_step(*arguments: Any) -> tuple[Tensor, ...]:
+    x, weights, log_weights, means, covariances, *_, kind, with_log_likelihood = arguments
+    statistics = _empty_statistics(x, weights, means, kind, with_log_likelihood)
+    return *statistics, *_empty([log_weights, means, covariances])
 
 
 def _empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,19 +285,20 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
 
 e_step.register_fake(_empty_statistics)
 log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
+em_step.register_fake(_empty_step)
 e_step_gradient.register_fake(_empty_gradients)
 register_gradient(e_step, _e_step_backward, _e_step_in_torch)
 register_gradient(log_density, _log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1))
 
 
-def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **results: Tensor | None) -> None:
-    """Run the E-step; ``results`` are named as in ``Problem`` of ``native.cpp``, whose fields have the order below."""
+def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **others: Tensor | None) -> None:
+    """Run ``native.cpp``; ``others`` are named as in its ``Problem``, whose fields have the order below."""
     x, means = tensors[_X], tensors[_MEANS]
-    names = "grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights"
-    others = [part if part is None else part.contiguous() for part in (*tensors[1:], *map(results.get, names))]
+    names = "grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights", *_PARAMETERS
+    parts = [part if part is None else part.contiguous() for part in (*tensors[1:], *map(others.get, names))]
     grad_density = None if grad_density is None else grad_density.expand(-1, x.shape[-1])
     strides = () if grad_density is None else grad_density.stride()
-    problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *others, grad_density, *strides)
+    problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *parts, grad_density, *strides)
     library, _ = load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
     library.em_lightning_e_step(problem, _num_threads(x.numel() * means.shape[1]))
 

@@ -5,6 +5,7 @@
 // ``scale`` is L = W^-1, ``mu`` the mean. L and W have one entry per feature, or one in all for spherical covariances.
 // Unnamed arguments are used by full covariances only.
 
+#include "gaussian.h"
 #include "native_vectors.h"
 
 namespace {
@@ -17,6 +18,18 @@ inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 
 inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
 inline int entry_of(int i) { return kDiagonal ? i : 0; }  // of feature i in L and W
 inline int square_of(int i, int64_t features) { return 1 + features + entry_of(i); }  // place of y_i^2 in the sums
+
+// Writes L and W of a covariance, and returns log det W.
+inline double factorize_covariance(const double* variances, const double* mu, int64_t features, double* l, double* w) {
+  double log_det = 0.0;
+  for (int64_t i = 0; i < factor_size(features); ++i) {
+    const double square = kDiagonal ? mu[i] * mu[i] : gaussian::average_square(mu, features);
+    l[i] = std::sqrt(std::max(variances[i], gaussian::smallest_variance(variances[i], square)));
+    w[i] = 1.0 / l[i];
+    log_det += std::log(w[i]);
+  }
+  return kDiagonal ? log_det : features * log_det;
+}
 
 // Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t features, double* result) {

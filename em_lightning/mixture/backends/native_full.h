@@ -4,6 +4,7 @@
 // holds kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean; L and W are lower triangles, stored as D x
 // D numbers. Unnamed arguments are the number of features in native_diagonal.h, which is the constant D here.
 
+#include "gaussian.h"
 #include "native_vectors.h"
 
 // Unrolls loops over few features completely.
@@ -22,6 +23,20 @@ inline int factor_size(int64_t) { return D * D; }
 // Places in the sums: lower, of y_i y_j (j <= i), and upper, of z_i z_j (i <= j).
 inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }
 inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }
+
+// Writes L and W of a covariance, and returns log det W.
+inline double factorize_covariance(const double* covariance, const double* mu, int64_t, double* l, double* w) {
+  double least[D], log_det = 0.0, product = 1.0;
+  for (int i = 0; i < D; ++i) least[i] = gaussian::smallest_variance(covariance[i * D + i], mu[i] * mu[i]);
+  gaussian::factorize<D <= 6 ? D : 0>(covariance, least, D, l, w);
+  for (int i = 0; i < D; ++i) {
+    product *= w[i * D + i];
+    if (i % 3 < 2 && i < D - 1) continue;
+    log_det += std::log(product);  // a logarithm takes as long as a factor of three features
+    product = 1.0;
+  }
+  return log_det;
+}
 
 // Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {

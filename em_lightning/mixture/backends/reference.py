@@ -87,11 +87,12 @@ def _recomputed(function: BlockFunction, *arguments: slice | Tensor | None) -> t
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def have_memory(*tensors: Tensor) -> bool:
+def have_memory(*tensors: Tensor | None) -> bool:
     """Return whether all tensors have memory of their own, unlike those of torch.func's transforms and of tracers."""
     try:
         for tensor in tensors:
-            tensor.data_ptr()
+            if tensor is not None:
+                tensor.data_ptr()
     except RuntimeError:
         return False
     return True

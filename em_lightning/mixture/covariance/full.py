@@ -58,6 +58,7 @@ class FullCovariance:
     name = "full"
     # W = L^-1 in C++ and Triton: a triangle ("full"), diagonal ("diag") or number ("spherical"); None: not supported.
     native_kind: str | None = "full"
+    native_m_step = True  # whether the M-step is in C++: separate covariances, estimated from the sums alone
     # Number of leading axes of size 1 that covariances have in a mixture of one set, but not in scikit-learn.
     sklearn_axes = 1
 
@@ -233,6 +234,7 @@ class TiedCovariance(FullCovariance):
     """One covariance that all components of a set share: ``Sigma (B, 1, D, D)``."""
 
     name = "tied"
+    native_m_step = False
     sklearn_axes = 2
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ class LowRankCovariance(FullCovariance):
     """
 
     name = "lowrank"
+    native_m_step = False
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
