@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
-from em_lightning.checks import check_at_least, check_choice, check_positive
+from em_lightning.checks import check_at_least, check_positive
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import unit_vectors
@@ -184,11 +184,9 @@ class DirectionalEM(SetOperator):
         dispersion_floor: float = 1e-6,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__(num_components, num_features, num_iters, gradient)
+        super().__init__(num_components, num_features, num_iters, init, gradient)
         check_at_least(2, num_features=num_features)
-        check_choice("init", init, initialization.CENTERS)
         check_positive(dispersion_floor=dispersion_floor)
-        self.init = init
         self.dispersion_floor = dispersion_floor
 
     def log_prob(self, x: Tensor, mixture: DirectionalMixture, mask: Tensor | None = None) -> Tensor:

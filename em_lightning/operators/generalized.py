@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
-from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
@@ -110,9 +109,7 @@ class GeneralizedEM(SetOperator):
         init: str = "farthest",
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__(num_components, num_features, num_iters, gradient)
-        check_choice("init", init, initialization.CENTERS)
-        self.init = init
+        super().__init__(num_components, num_features, num_iters, init, gradient)
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
