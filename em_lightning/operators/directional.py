@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import FullCovariance
 from em_lightning.mixture.e_step import Likelihood, e_step, log_density
 from em_lightning.mixture.m_step import m_step
-from em_lightning.mixture.points import Frame, Parameters, Points, prepare
+from em_lightning.mixture.points import Frame, Parameters, prepare
 from em_lightning.operators.base import SetOperator
 from em_lightning.operators.start import Sets
 
@@ -60,11 +59,17 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, lambda x: x, mask, None)  # only points.x is read: any features will do
-        log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
+        units = _directions(x, mask)
+        log_weights, means, concentrations = (part.to(units.dtype) for part in self.parameters())
         log_z, _ = von_mises_fisher_normalizer(concentrations, x.shape[-1])
-        joint = torch.baddbmm((log_weights - log_z).unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
-        return softmin(-joint.mT.to(x.dtype))
+        joint = torch.baddbmm((log_weights - log_z).unsqueeze(1), units, (concentrations.unsqueeze(-1) * means).mT)
+        return softmin(-joint.to(x.dtype))
+
+
+def _directions(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x (B, N, D) divided by its norm; zero for zero vectors, and where masked."""
+    x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
+    return unit_vectors(x.to(accumulation_dtype(x)))
 
 
 register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.DirectionalMixture")
@@ -198,9 +203,11 @@ class DirectionalEM(SetOperator):
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Sets:
         family = VonMisesFisher(self.num_features, x)
-        points = directions(x, family.features, mask, weights)
+        x, dtype = _directions(x, mask), x.dtype
+        frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
+        points = prepare(x, family.features, mask, weights, frame=frame, with_moments=False)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
-        return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=x.dtype)
+        return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=dtype)
 
     @torch.no_grad()
     def _start(self, sets: Sets, try_several: bool) -> Parameters:
@@ -229,12 +236,3 @@ class DirectionalEM(SetOperator):
 
     def _mixture(self, sets: Sets, state: Parameters) -> DirectionalMixture:
         return DirectionalMixture(*(part.to(sets.dtype) for part in state))
-
-
-def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | None, weights: Tensor | None) -> Points:
-    """Normalize points (B, N, D) and prepare them for EM with features of the family; zero vectors stay zero."""
-    if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), x, 0.0)
-    x = unit_vectors(x.to(accumulation_dtype(x)))
-    frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
-    return prepare(x, features, mask, weights, frame=frame, with_moments=False)

@@ -202,7 +202,7 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     num_rows = _BLOCK_SIZE // max(centers.numel(), 1) or 1
     blocks = zip(sets.x.split(num_rows, 1), shares.split(num_rows, 1), strict=True)
     sums = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
-    slope, weight, share_with_weight = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    slope, weight, share_with_weight = torch.stack(sums).sum(0)
     # Points without an IRLS weight get the mean weight of the others.
     usable = (share_with_weight > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     step = -slope * share_with_weight / torch.where(usable, weight, 1.0)
@@ -211,10 +211,8 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     return slope, torch.where(usable, step.to(centers.dtype), to_mean - to_mean.detach())
 
 
-def _irls_sums(
-    kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of shares of points with an IRLS weight."""
+def _irls_sums(kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor) -> Tensor:
+    """Return sums (3, B, K, D) over points: of slopes, of IRLS weights, of shares of points with an IRLS weight."""
 
     def energy(copies: Tensor) -> Tensor:  # of x (B, 1, n, 1, D) and copies (B, K, n, 1, D): (B, K, n, 1, 1)
         return kernel(x.unsqueeze(1).unsqueeze(-2), copies.unsqueeze(-2))
@@ -229,7 +227,7 @@ def _irls_sums(
         weights = torch.where(at_center, _curvature(energy, copies).to(dtype), weights)
     share = shares.mT.unsqueeze(-1).to(dtype)
     has_weight = ~at_center | (weights > 0)  # an energy with a kink at the center has none there
-    return (share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)
+    return torch.stack([(share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)])
 
 
 def _line_search(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor, slope: Tensor, step: Tensor) -> Tensor:
