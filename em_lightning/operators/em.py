@@ -243,11 +243,11 @@ class EMOperator(SetOperator):
             return self._objective(sets, state)
 
         with torch.no_grad():
-            drawn = torch.stack([draw() for _ in range(self.num_starts if try_several else 1)])
+            drawn = [draw() for _ in range(self.num_starts if try_several else 1)]
             best = drawn[0]
             if len(drawn) > 1:
                 highest = torch.stack([score(around(centers)) for centers in drawn]).argmax(0)
-                best = drawn[highest, torch.arange(len(best), device=best.device)]
+                best = torch.stack(drawn)[highest, torch.arange(len(best), device=best.device)]
         return around(best)
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
