@@ -90,8 +90,7 @@ class SetOperator(nn.Module):
 
         def step(state: Parameters, progress: float) -> Parameters:
             with torch.autocast(x.device.type, enabled=False):
-                after, _ = self._step(sets, state, progress)
-                return after
+                return self._step(sets, state, progress)[0]
 
         for after in gradients.iterate(step, state, num_iters, self.gradient):
             yield sets, after

@@ -155,20 +155,19 @@ class GeneralizedEM(SetOperator):
         # The M-step differentiates energies; record its graph only if an input requires gradients.
         inputs = (*sets, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
+        objective = self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             # Copies, because autograd accepts no inference tensors.
-            after = self._em_step(_Sets(*map(torch.clone, sets)), Parameters(*map(torch.clone, state)))
-        return after, (self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass))
-
-    def _em_step(self, sets: _Sets, state: Parameters) -> Parameters:
-        log_responsibilities = (state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)).log_softmax(-1)
-        mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
-        mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
-        log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
-        shares = _shares(log_responsibilities, sets.weights)
-        slope, step = _irls_step(self.kernel, sets, shares, state.means)
-        centers = _line_search(self.kernel, sets, shares, state.means, slope, step)
-        return Parameters(log_weights, centers, state.covariances)
+            sets = _Sets(*map(torch.clone, sets))
+            log_weights, centers, covariances = map(torch.clone, state)
+            log_responsibilities = (log_weights.unsqueeze(1) - self.kernel(sets.x, centers)).log_softmax(-1)
+            mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
+            mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
+            log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
+            shares = _shares(log_responsibilities, sets.weights)
+            slope, step = _irls_step(self.kernel, sets, shares, centers)
+            centers = _line_search(self.kernel, sets, shares, centers, slope, step)
+            return Parameters(log_weights, centers, covariances), objective
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
         """Return the log-likelihood; without the normalizer if the kernel has none."""
@@ -224,7 +223,11 @@ def _irls_sums(kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near:
     at_center = distance <= near.unsqueeze(1)
     weights = slopes.abs() / torch.where(at_center, 1.0, distance)
     if at_center.any():
-        weights = torch.where(at_center, _curvature(energy, copies).to(dtype), weights)
+        # The sums of the rows of the Hessian. It is diagonal for energies that add over features, and at the center for
+        # functions of the distance. 0 c, because autograd cannot differentiate a slope that does not depend on c.
+        with torch.no_grad():
+            curvature = _slope(lambda c: _slope(energy, c) + 0.0 * c, copies).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
+        weights = torch.where(at_center, curvature.to(dtype), weights)
     share = shares.mT.unsqueeze(-1).to(dtype)
     has_weight = ~at_center | (weights > 0)  # an energy with a kink at the center has none there
     return torch.stack([(share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)])
@@ -259,13 +262,3 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x if recorded and x.requires_grad else x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=recorded)
     return slope
-
-
-def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the diagonal of the Hessian, at least 0, without gradient, from the sums of its rows.
-
-    It is diagonal for energies that add over features, and at the center for functions of the distance.
-    """
-    with torch.no_grad():  # 0 x, because autograd cannot differentiate a slope that does not depend on x
-        curvature = _slope(lambda x: _slope(function, x) + 0.0 * x, x)
-    return curvature.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
