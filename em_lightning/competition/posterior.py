@@ -53,17 +53,14 @@ class Posterior(NamedTuple):
 
         In float16, its derivative with respect to r_k, (v_k - mean)^2, overflows if v_k is 256 or more from the mean.
         """
-        responsibilities = self._with_hypotheses_last(values, dim)
+        responsibilities = self._with_hypotheses_last(values, dim).unsqueeze(-1)  # (..., K, 1)
         vectors = values.unsqueeze(-1) if values.ndim == 1 else values  # (..., K, V)
+        vectors = vectors if responsibilities.ndim == 2 else vectors.unsqueeze(-3)  # (..., 1, K, V), for each item
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
-        wide = torch.promote_types(dtype, torch.float32)  # squares above 65504 overflow in float16
-        with torch.autocast(values.device.type, enabled=False):
-            responsibilities, vectors = responsibilities.to(wide), vectors.to(wide)
-            # Two passes, because E[v^2] - E[v]^2 cancels if the mean is large.
-            mean = torch.matmul(responsibilities, vectors)
-            vectors = vectors if responsibilities.ndim == 1 else vectors.unsqueeze(-3)  # (..., 1, K, V), for each item
-            squares = (vectors - mean.unsqueeze(-2)).square()
-            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
+        vectors = vectors.to(torch.promote_types(dtype, torch.float32))  # squares above 65504 overflow in float16
+        # Two passes, because E[v^2] - E[v]^2 cancels if the mean is large.
+        mean = (responsibilities * vectors).sum(-2, keepdim=True)
+        variance = (responsibilities * (vectors - mean).square()).sum(-2).to(dtype)
         return variance.squeeze(-1) if values.ndim == 1 else variance.movedim(-1, dim)
 
     def mode(self, dim: int = -1) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.competition.base import COMPETITIONS, Competition, to_logits, to_posterior, widen
-from em_lightning.competition.entropic import entmax15, sparsemax
+from em_lightning.competition.entropic import entmax
 from em_lightning.competition.posterior import Posterior
 
 
@@ -28,7 +28,7 @@ def sparsemin(
     Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, temperature, dim, *sparsemax(logits, dim))
+    return to_posterior(energies, temperature, dim, *entmax(logits, dim, power=1))
 
 
 @COMPETITIONS.register("sparsemin")
@@ -49,7 +49,7 @@ def entmin(
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, temperature, dim, *entmax15(logits, dim))
+    return to_posterior(energies, temperature, dim, *entmax(logits, dim, power=2))
 
 
 @COMPETITIONS.register("entmin")

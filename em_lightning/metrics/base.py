@@ -94,10 +94,12 @@ class UnitMoments(Float64Metric):
 
     def _accumulate(self, moments: Tensor) -> None:
         num_units, earlier = len(moments) - 1, len(self.moments) - 1
-        if num_units and earlier and num_units != earlier:
+        if not num_units:  # of a metric without items
+            return
+        if earlier and num_units != earlier:
             raise ValueError(f"activations have {num_units} units, earlier ones had {earlier}: reset() the metric")
         moments = moments.to(self.moments)
-        self.moments = _merge(torch.stack(_pad([self.moments, moments]))) if earlier else moments
+        self.moments = _merge(torch.stack([self.moments, moments])) if earlier else moments
 
     def compute(self) -> Tensor:
         count = self.moments[0, 0]
@@ -121,11 +123,8 @@ def _merge(stack: Tensor) -> Tensor:
     return merged
 
 
-def _pad(moments: list[Tensor]) -> list[Tensor]:
-    """Pad moments with zeros to the size of the largest; only those without items are smaller."""
-    size = max(each.shape[0] for each in moments)
-    return [torch.nn.functional.pad(each, (0, size - each.shape[0]) * 2) for each in moments]
-
-
 def _gather_padded(moments: Tensor, group: Any = None) -> list[Tensor]:
-    return _pad(gather_all_tensors(moments, group))
+    """Gather moments, padded with zeros to the size of the largest; only those of ranks without items are smaller."""
+    gathered = gather_all_tensors(moments, group)
+    size = max(map(len, gathered))
+    return [torch.nn.functional.pad(each, (0, size - len(each)) * 2) for each in gathered]

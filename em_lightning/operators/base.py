@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from em_lightning.checks import check_at_least, check_choice, check_counts
 from em_lightning.mixture import em
 from em_lightning.mixture.backends.reference import have_memory
+from em_lightning.mixture.initialization import CENTERS
 from em_lightning.mixture.points import Parameters
 from em_lightning.operators import gradients
 
@@ -23,20 +24,24 @@ class SetOperator(nn.Module):
         num_components: K.
         num_features: D.
         num_iters: T, iterations per call.
+        init: how the initial centers are chosen.
         gradient: how gradients pass through the loop; see :func:`~em_lightning.operators.gradients.iterate`.
     """
 
+    inits_known: tuple[str, ...] = tuple(CENTERS)
     gradients_known: tuple[str, ...] = ("unrolled", "checkpoint", "last")
     shown: tuple[str, ...] = ("num_iters", "init", "gradient")  # arguments in the repr
 
-    def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
+    def __init__(self, num_components: int, num_features: int, num_iters: int, init: str, gradient: str) -> None:
         super().__init__()
         check_counts(1, num_components=num_components, num_features=num_features)
         check_counts(0, num_iters=num_iters)
+        check_choice("init", init, self.inits_known)
         check_choice("gradient", gradient, self.gradients_known)
         self.num_components = num_components
         self.num_features = num_features
         self.num_iters = num_iters
+        self.init = init
         self.gradient = gradient
 
     def forward(
@@ -85,8 +90,7 @@ class SetOperator(nn.Module):
 
         def step(state: Parameters, progress: float) -> Parameters:
             with torch.autocast(x.device.type, enabled=False):
-                after, _ = self._step(sets, state, progress)
-                return after
+                return self._step(sets, state, progress)[0]
 
         for after in gradients.iterate(step, state, num_iters, self.gradient):
             yield sets, after

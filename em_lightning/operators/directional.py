@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
-from em_lightning.checks import check_at_least, check_choice, check_positive
+from em_lightning.checks import check_at_least, check_positive
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import unit_vectors
+from em_lightning.kernels.similarity import von_mises_fisher_normalizer
 from em_lightning.mixture import initialization
-from em_lightning.mixture.covariance import FullCovariance, half_log_two_pi
+from em_lightning.mixture.covariance import FullCovariance
 from em_lightning.mixture.e_step import Likelihood, e_step, log_density
 from em_lightning.mixture.m_step import m_step
-from em_lightning.mixture.points import Frame, Parameters, Points, prepare
+from em_lightning.mixture.points import Frame, Parameters, prepare
 from em_lightning.operators.base import SetOperator
 from em_lightning.operators.start import Sets
 
-# The recurrence of Bessel ratios starts this many orders above the result, for a relative error below 1e-12.
-_ORDERS = 20
 # Intervals of the cubic interpolation: relative errors of concentrations up to 1e6 are below 1e-7.
 _INTERVALS = 2048
 _SMALLEST_CONCENTRATION = 1e-6  # nearly uniform; at 0, ratios would be divided by 0
@@ -61,11 +59,17 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, lambda x: x, mask, None)  # only points.x is read: any features will do
-        log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
-        log_z, _ = log_normalizer(concentrations, x.shape[-1])
-        joint = torch.baddbmm((log_weights - log_z).unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
-        return softmin(-joint.mT.to(x.dtype))
+        units = _directions(x, mask)
+        log_weights, means, concentrations = (part.to(units.dtype) for part in self.parameters())
+        log_z, _ = von_mises_fisher_normalizer(concentrations, x.shape[-1])
+        joint = torch.baddbmm((log_weights - log_z).unsqueeze(1), units, (concentrations.unsqueeze(-1) * means).mT)
+        return softmin(-joint.to(x.dtype))
+
+
+def _directions(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x (B, N, D) divided by its norm; zero for zero vectors, and where masked."""
+    x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
+    return unit_vectors(x.to(accumulation_dtype(x)))
 
 
 register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.DirectionalMixture")
@@ -86,7 +90,7 @@ class VonMisesFisher(FullCovariance):
         self.a = a = 0.5 * (num_features - 1)  # also the limit of kappa (1 - R) for large kappa
         inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
         kappa = 1.0 / inverse - a
-        log_z, r = log_normalizer(kappa, num_features)  # -log C and R
+        log_z, r = von_mises_fisher_normalizer(kappa, num_features)  # -log C and R
         r_slope = 1.0 - r.square() - 2.0 * a * r / kappa  # dR / dkappa
         # Chain rule, t = inverse: d(-log C) / dkappa = R, dkappa / dt = -1 / t^2, d(1 - R) / dkappa = -r_slope.
         log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
@@ -184,11 +188,9 @@ class DirectionalEM(SetOperator):
         dispersion_floor: float = 1e-6,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__(num_components, num_features, num_iters, gradient)
+        super().__init__(num_components, num_features, num_iters, init, gradient)
         check_at_least(2, num_features=num_features)
-        check_choice("init", init, initialization.CENTERS)
         check_positive(dispersion_floor=dispersion_floor)
-        self.init = init
         self.dispersion_floor = dispersion_floor
 
     def log_prob(self, x: Tensor, mixture: DirectionalMixture, mask: Tensor | None = None) -> Tensor:
@@ -201,9 +203,11 @@ class DirectionalEM(SetOperator):
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Sets:
         family = VonMisesFisher(self.num_features, x)
-        points = directions(x, family.features, mask, weights)
+        x, dtype = _directions(x, mask), x.dtype
+        frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
+        points = prepare(x, family.features, mask, weights, frame=frame, with_moments=False)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
-        return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=x.dtype)
+        return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=dtype)
 
     @torch.no_grad()
     def _start(self, sets: Sets, try_several: bool) -> Parameters:
@@ -232,44 +236,3 @@ class DirectionalEM(SetOperator):
 
     def _mixture(self, sets: Sets, state: Parameters) -> DirectionalMixture:
         return DirectionalMixture(*(part.to(sets.dtype) for part in state))
-
-
-def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | None, weights: Tensor | None) -> Points:
-    """Normalize points (B, N, D) and prepare them for EM with features of the family; zero vectors stay zero."""
-    if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), x, 0.0)
-    x = unit_vectors(x.to(accumulation_dtype(x)))
-    frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
-    return prepare(x, features, mask, weights, frame=frame, with_moments=False)
-
-
-def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
-    """Return ``-log C_D(kappa)`` and its derivative ``R_{D/2-1}(kappa)``, the mean resultant length.
-
-    At x = kappa, ratios ``R_v = I_{v+1} / I_v`` follow downwards in v (stable): ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
-    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. Equal
-    powers of 1/s in ``y' = 1 + v^2 / x^2 - y / x - y^2`` give c, a series in 1/s with polynomials in ``q = x^2 / s^2``.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
-    """
-    order, x = 0.5 * num_features - 1.0, concentration
-    if num_features % 2:
-        lowest_order = 0.5  # I_(1/2)(x) = sqrt(2 / (pi x)) sinh(x)
-        log_bessel = (-torch.expm1(-2.0 * x)).log() + x - 0.5 * (2.0 * math.pi * x).log()
-    else:
-        lowest_order = 0.0
-        log_bessel = torch.special.i0e(x).log() + x
-    count = round(order - lowest_order)  # of ratios that multiply the lowest Bessel function
-    v = order + _ORDERS
-    s = (v**2 + x.square()).sqrt()
-    q = (x / s).square()
-    p2, p3 = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
-    c = 0.5 + ((5.0 * q - 4.0) + (p2 + p3 / (16.0 * s)) / s) / (8.0 * s)  # up to 1 / s^3
-    ratio = (s - v) / x - c * x / s.square()
-    for step in range(count + _ORDERS, 0, -1):
-        ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
-        if step == count + 1:
-            resultant = ratio
-        elif step <= count:
-            log_bessel = log_bessel + ratio.log()
-    return half_log_two_pi(num_features) + log_bessel - order * x.log(), resultant

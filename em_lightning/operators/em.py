@@ -16,6 +16,7 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, log_density, log_joint_of_points
 from em_lightning.mixture.em import iteration, where
+from em_lightning.mixture.initialization import CENTERS, parameters_around
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.points import Parameters, Points, prepare
@@ -23,7 +24,7 @@ from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
-from em_lightning.operators.start import LearnedStart, Sets, build_start
+from em_lightning.operators.start import LearnedStart, Sets
 
 _TRIAL_ITERATIONS = 5  # largest number of exact iterations before starts are compared; the default of ``num_iters``
 
@@ -86,6 +87,7 @@ class EMOperator(SetOperator):
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
 
+    inits_known = (*SetOperator.inits_known, "learned")
     gradients_known = gradients.GRADIENTS
     shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "gradient")
 
@@ -108,7 +110,15 @@ class EMOperator(SetOperator):
         background: UniformBackground | Mapping[str, Any] | float | None = None,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__(num_components, num_features, num_iters, gradient)
+        super().__init__(num_components, num_features, num_iters, init, gradient)
+        check_at_least(1, num_starts=num_starts)
+        is_random = init in ("kmeans++", "random")
+        if num_starts > 1 and not is_random:
+            raise ValueError(
+                f"num_starts={num_starts} with init={init!r} would all be equal; use 'kmeans++' or 'random'"
+            )
+        if seed is not None and not is_random:
+            raise ValueError(f"seed={seed} has no effect with init={init!r}; it is for 'kmeans++' and 'random'")
         check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
         if (rank is not None) != (covariance == "lowrank"):
             raise ValueError(f"rank={rank} with covariance={covariance!r}: 'lowrank' needs a rank, others have none")
@@ -132,13 +142,13 @@ class EMOperator(SetOperator):
         self.prior = build("prior", MixturePrior, prior)
         if self.background is not None and isinstance(self.competition, Background):
             raise ValueError("background and competition='background' are two backgrounds; give one of them")
-        self.init = init
         self.num_starts = num_starts
+        self.seed = seed
         self.covariance_floor = covariance_floor
         if residual is True:
             residual = ResidualCorrection(num_features, self.family)
         self.correction: ResidualCorrection | None = residual or None
-        self.start = build_start(init, num_components, num_features, num_starts, seed)
+        self.start = LearnedStart(num_components, num_features) if init == "learned" else None
 
     def log_prob(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, background_energies: Tensor | None = None
@@ -203,7 +213,7 @@ class EMOperator(SetOperator):
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, family: Covariance | None = None
     ) -> Sets:
         family = family or self.family  # a given mixture may have another covariance type
-        needs_moments = isinstance(self.start, LearnedStart) or not (self.prior is None and self.correction is None)
+        needs_moments = any(part is not None for part in (self.start, self.prior, self.correction))
         points = prepare(x, family.features, mask, weights, with_moments=needs_moments)
         floor, counts = points.floor(self.covariance_floor), None
         if self.prior is not None:
@@ -211,14 +221,34 @@ class EMOperator(SetOperator):
         return Sets(points, points.mass, mask, family, floor, pseudo_counts=counts, dtype=x.dtype)
 
     def _start(self, sets: Sets, try_several: bool) -> Parameters:
+        """Return the learned start, or around drawn centers: of several starts, that with the highest objective."""
+        points, frame = sets.points, sets.points.frame
+        if self.start is not None:
+            return self._with_room_for_background(self.start(sets))
+        generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
+
+        def draw() -> Tensor:
+            """Return centers (B, K, D) in the coordinates of the frame."""
+            x, choose = points.x.detach().mT, CENTERS[self.init]
+            centers = choose(x, self.num_components, weights=points.weights, generator=generator)
+            return frame.enter(centers.to(frame.center.dtype).mT).mT
+
+        def around(centers: Tensor) -> Parameters:
+            return self._with_room_for_background(parameters_around(points, centers, self.family, sets.floor))
+
         def score(state: Parameters) -> Tensor:
             """Return the objective (B,) after a few exact iterations."""
-            state = self._with_room_for_background(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state, _, _ = self._iteration(sets, state)
             return self._objective(sets, state)
 
-        return self._with_room_for_background(self.start(sets, score if try_several else None))
+        with torch.no_grad():
+            drawn = [draw() for _ in range(self.num_starts if try_several else 1)]
+            best = drawn[0]
+            if len(drawn) > 1:
+                highest = torch.stack([score(around(centers)) for centers in drawn]).argmax(0)
+                best = torch.stack(drawn)[highest, torch.arange(len(best), device=best.device)]
+        return around(best)
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)

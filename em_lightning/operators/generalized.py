@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
-from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
@@ -110,9 +109,7 @@ class GeneralizedEM(SetOperator):
         init: str = "farthest",
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__(num_components, num_features, num_iters, gradient)
-        check_choice("init", init, initialization.CENTERS)
-        self.init = init
+        super().__init__(num_components, num_features, num_iters, init, gradient)
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
@@ -158,20 +155,19 @@ class GeneralizedEM(SetOperator):
         # The M-step differentiates energies; record its graph only if an input requires gradients.
         inputs = (*sets, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
+        objective = self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             # Copies, because autograd accepts no inference tensors.
-            after = self._em_step(_Sets(*map(torch.clone, sets)), Parameters(*map(torch.clone, state)))
-        return after, (self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass))
-
-    def _em_step(self, sets: _Sets, state: Parameters) -> Parameters:
-        log_responsibilities = (state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)).log_softmax(-1)
-        mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
-        mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
-        log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
-        shares = _shares(log_responsibilities, sets.weights)
-        slope, step = _irls_step(self.kernel, sets, shares, state.means)
-        centers = _line_search(self.kernel, sets, shares, state.means, slope, step)
-        return Parameters(log_weights, centers, state.covariances)
+            sets = _Sets(*map(torch.clone, sets))
+            log_weights, centers, covariances = map(torch.clone, state)
+            log_responsibilities = (log_weights.unsqueeze(1) - self.kernel(sets.x, centers)).log_softmax(-1)
+            mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
+            mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
+            log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
+            shares = _shares(log_responsibilities, sets.weights)
+            slope, step = _irls_step(self.kernel, sets, shares, centers)
+            centers = _line_search(self.kernel, sets, shares, centers, slope, step)
+            return Parameters(log_weights, centers, covariances), objective
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
         """Return the log-likelihood; without the normalizer if the kernel has none."""
@@ -205,7 +201,7 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     num_rows = _BLOCK_SIZE // max(centers.numel(), 1) or 1
     blocks = zip(sets.x.split(num_rows, 1), shares.split(num_rows, 1), strict=True)
     sums = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
-    slope, weight, share_with_weight = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    slope, weight, share_with_weight = torch.stack(sums).sum(0)
     # Points without an IRLS weight get the mean weight of the others.
     usable = (share_with_weight > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     step = -slope * share_with_weight / torch.where(usable, weight, 1.0)
@@ -214,10 +210,8 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     return slope, torch.where(usable, step.to(centers.dtype), to_mean - to_mean.detach())
 
 
-def _irls_sums(
-    kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of shares of points with an IRLS weight."""
+def _irls_sums(kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor) -> Tensor:
+    """Return sums (3, B, K, D) over points: of slopes, of IRLS weights, of shares of points with an IRLS weight."""
 
     def energy(copies: Tensor) -> Tensor:  # of x (B, 1, n, 1, D) and copies (B, K, n, 1, D): (B, K, n, 1, 1)
         return kernel(x.unsqueeze(1).unsqueeze(-2), copies.unsqueeze(-2))
@@ -229,10 +223,14 @@ def _irls_sums(
     at_center = distance <= near.unsqueeze(1)
     weights = slopes.abs() / torch.where(at_center, 1.0, distance)
     if at_center.any():
-        weights = torch.where(at_center, _curvature(energy, copies).to(dtype), weights)
+        # The sums of the rows of the Hessian. It is diagonal for energies that add over features, and at the center for
+        # functions of the distance. 0 c, because autograd cannot differentiate a slope that does not depend on c.
+        with torch.no_grad():
+            curvature = _slope(lambda c: _slope(energy, c) + 0.0 * c, copies).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
+        weights = torch.where(at_center, curvature.to(dtype), weights)
     share = shares.mT.unsqueeze(-1).to(dtype)
     has_weight = ~at_center | (weights > 0)  # an energy with a kink at the center has none there
-    return (share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)
+    return torch.stack([(share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)])
 
 
 def _line_search(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor, slope: Tensor, step: Tensor) -> Tensor:
@@ -264,13 +262,3 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x if recorded and x.requires_grad else x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=recorded)
     return slope
-
-
-def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the diagonal of the Hessian, at least 0, without gradient, from the sums of its rows.
-
-    It is diagonal for energies that add over features, and at the center for functions of the distance.
-    """
-    with torch.no_grad():  # 0 x, because autograd cannot differentiate a slope that does not depend on x
-        curvature = _slope(lambda x: _slope(function, x) + 0.0 * x, x)
-    return curvature.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)

@@ -99,25 +99,21 @@ class EMPooling(nn.Module):
                 items, coordinates = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, coordinates))
             if self.project is not None:
                 coordinates = _linear(self.project, items)
-            vector = self._summary(coordinates, items, mask, weights)
+            mixture = self.operator(coordinates, mask, weights)
+            parts = {
+                "weights": mixture.weights.unsqueeze(-1),
+                "means": mixture.means,
+                "scales": 0.5 * mixture.variances().log(),
+            }
+            if "values" in self.summary:
+                r = self.operator.posterior(coordinates, mixture, mask).responsibilities
+                r = r[..., : mixture.components]  # without the background, the last hypothesis
+                r = r if weights is None else r * weights.to(r.dtype).unsqueeze(-1)
+                r = r if mask is None else r * mask.unsqueeze(-1)
+                parts["values"] = r.mT @ items / r.sum(1).clamp(min=torch.finfo(r.dtype).eps).unsqueeze(-1)
+            vector = torch.cat([parts[name] for name in self.summary], -1).flatten(1)
             vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
-
-    def _summary(self, x: Tensor, features: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return the summary (B, size) of the mixtures of coordinates x (B, N, d), with item features (B, N, F)."""
-        mixture = self.operator(x, mask, weights)
-        parts = {
-            "weights": mixture.weights.unsqueeze(-1),
-            "means": mixture.means,
-            "scales": 0.5 * mixture.variances().log(),
-        }
-        if "values" in self.summary:
-            weights = torch.ones_like(x[..., 0]) if weights is None else weights.to(x.dtype)
-            weights = weights if mask is None else weights * mask
-            r = self.operator.posterior(x, mixture, mask).responsibilities
-            r = r[..., : mixture.components] * weights.unsqueeze(-1)  # without the background, the last hypothesis
-            parts["values"] = r.mT @ features / r.sum(1).clamp(min=torch.finfo(x.dtype).eps).unsqueeze(-1)
-        return torch.cat([parts[name] for name in self.summary], -1).flatten(1)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
