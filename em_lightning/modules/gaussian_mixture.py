@@ -19,7 +19,6 @@ from em_lightning.mixture import (
     Mixture,
     MixturePrior,
     StreamedEM,
-    SufficientStatistics,
     information_criteria,
 )
 from em_lightning.modules.base import EMModule
@@ -137,7 +136,7 @@ class GaussianMixtureModule(EMModule):
         self.register_buffer("change", ones.new_tensor(math.inf))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        size = self._zero_statistics.flatten().numel()
+        size = self._streamed.zeros(num_components).flatten().numel()
         self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)  # a checkpoint has those of all ranks
         if method == "stochastic":
             self.register_buffer("running", ones.new_zeros(size))
@@ -256,14 +255,11 @@ class GaussianMixtureModule(EMModule):
         """EM in coordinates about the mean of the data."""
         return StreamedEM.about(self.mixture, self.center, self.variance)
 
-    @property
-    def _zero_statistics(self) -> SufficientStatistics:
-        return self._streamed.zeros(self.mixture.components)
-
     def _maximize(self, flattened: Tensor) -> None:
-        statistics = self._zero_statistics.unflatten(flattened)
+        streamed, mixture = self._streamed, self.mixture
+        statistics = streamed.zeros(mixture.components).unflatten(flattened)
         options: Any = {"floor": self.covariance_floor, "prior": self.prior, "variance": self.variance}
-        self._assign(self._streamed.m_step(statistics, self.mixture, **options))
+        self._assign(streamed.m_step(statistics, mixture, **options))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
