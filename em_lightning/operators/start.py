@@ -50,14 +50,11 @@ class DrawnStart(NamedTuple):
 
     def __call__(self, sets: Sets, score: Score | None) -> Parameters:
         """Return, for each set, the start with the highest score; without a score, the first start."""
-        points, frame = sets.points, sets.points.frame
+        points, choose = sets.points, initialization.CENTERS[self.name]
         generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
 
         def draw() -> Tensor:
-            """Return centers (B, K, D) in the coordinates of the frame."""
-            choose = initialization.CENTERS[self.name]
-            centers = choose(points.x.detach().mT, self.num_components, weights=points.weights, generator=generator)
-            return frame.enter(centers.to(frame.center.dtype).mT).mT
+            return choose(points.x.detach().mT, self.num_components, weights=points.weights, generator=generator)
 
         def around(centers: Tensor) -> Parameters:
             return initialization.parameters_around(points, centers, sets.family, sets.floor)
