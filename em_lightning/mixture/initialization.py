@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from em_lightning.competition.entropic import cumulative_sum
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.covariance import COVARIANCES, Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Parameters, Points, features_first
@@ -38,11 +38,10 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     """
     points, weights = _weighted_points(x, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
-    # Negative for points of zero weight, so that they are never chosen.
-    no_center = torch.full_like(weights, torch.inf).masked_fill(weights == 0, -1.0)
+    no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
     first = _lower_distances(no_center, points, mean.unsqueeze(-1)).argmax(-1)
-    if kernels := native.triton_start("diag", points):
-        return _pick(points, kernels.choose_centers(points, no_center, first, num_components, weights)).mT
+    if kernels := native.triton_start(COVARIANCES["diag"], points):
+        return _pick(points, kernels.choose_centers(points, no_center, first, num_components)).mT
     centers, distances = [_pick(points, first)], no_center
     for _ in range(num_components - 1):
         lowered = _lower_distances(distances, points, centers[-1])
@@ -71,12 +70,10 @@ def kmeans_plus_plus(
         total = cumulative_sum(potential.double(), -1)
         thresholds = numbers * total[:, -1:]  # below the total even after rounding, as numbers are at most 1 - 1e-15
         rows = torch.searchsorted(total, thresholds, right=True).clamp(max=x.shape[1] - 1)
-        if not centers:
-            rows = rows[:, :1]
-            if kernels := native.triton_start("diag", points):
-                rows = kernels.choose_centers(points, distances, rows, num_components, weights, uniform)
-                return _pick(points, rows).mT
-        candidates = _pick(points, rows)
+        if not centers and (kernels := native.triton_start(COVARIANCES["diag"], points)):
+            rows = kernels.choose_centers(points, distances, rows[:, :1], num_components, weights, uniform)
+            return _pick(points, rows).mT
+        candidates = _pick(points, rows if centers else rows[:, :1])
         lowered = _lower_distances(distances, points, candidates)
         best = (lowered * weights.unsqueeze(1)).sum(-1).argmin(1, keepdim=True)
         distances = _pick(lowered.mT, best).squeeze(-1)
@@ -121,7 +118,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     """
     num_components, num_features = centers.shape[1:]
     unrestricted, is_shared = covariance.unrestricted, covariance.sharing(num_components) > 1
-    kernels = None if is_shared else native.triton_start(unrestricted.native_kind, points.x, points.weights)
+    kernels = None if is_shared else native.triton_start(unrestricted, points.x, points.weights)
     if kernels:
         log_weights, means, found = kernels.parameters_of_cells(points, centers, floor, _CORE, unrestricted.native_kind)
         return Parameters(log_weights, means, covariance.from_public(found))

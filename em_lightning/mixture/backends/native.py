@@ -24,7 +24,7 @@ _KINDS = {"full": 0, "diag": 1, "spherical": 2}
 # Largest D of full covariances. Their loops over features are unrolled, and take about 10 s to compile for D = 64.
 _MOST_FEATURES = 64
 # Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
-_MOST_FEATURES_TRITON: dict[str | None, int] = {"full": 16, "diag": 128, "spherical": 128}
+_MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
 # Smallest inputs for which "auto" uses compiled code: elements of x in the E-step, components of all sets (B * K) in
 # the M-step and in Cholesky factors of D > 4. Smaller ones take under a millisecond in plain torch, without a compiler.
 _FEWEST_NUMBERS = 2**12
@@ -82,7 +82,7 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "triton":
-        return _fits_triton(kind, x, *parameters)
+        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *parameters)
     if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *parameters):
         return False
     if _chosen == "native":
@@ -104,15 +104,11 @@ def _triton(name: str = "triton") -> Any:
     return importlib.import_module(f"em_lightning.mixture.backends.{name}")
 
 
-def triton_start(kind: str | None, x: Tensor, *others: Tensor | None) -> Any:
-    """Return the module of Triton kernels for a start of points (B, D, N); None if one needs gradients, or more."""
-    tensors = [tensor for tensor in (x, *others) if tensor is not None]
-    constant = not any(each.requires_grad or forward_ad.unpack_dual(each).tangent is not None for each in tensors)
-    return _triton("triton_start") if _chosen == "triton" and constant and _fits_triton(kind, *tensors) else None
-
-
-def _fits_triton(kind: str | None, x: Tensor, *others: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON.get(kind, 0) and have_memory(x, *others)
+def triton_start(family: Any, x: Tensor, weights: Tensor | None = None) -> Any:
+    """Return the module of Triton kernels for a start of points (B, D, N); None if they do not serve it."""
+    tensors = [x] if weights is None else [x, weights]  # the kernels have no derivatives
+    is_constant = not any(each.requires_grad or forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+    return _triton("triton_start") if _chosen == "triton" and is_constant and serves(x, family, tensors) else None
 
 
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:

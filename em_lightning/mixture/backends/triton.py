@@ -108,10 +108,9 @@ def _derivative(y, n, b, k, bk, items, peak, weights, per_point, a, SLOPES: tl.c
     valid, bn = n < items, b * items + n
     joint = tl.load(peak + bk).to(tl.float32) - 0.5 * tl.sum(y * y, 0)
     density = tl.load(log_density + bn, mask=valid, other=0.0)
-    if HARD:  # points with a negative joint log-density do not count
-        r = tl.where(valid & (density == k) & (joint >= 0.0), 1.0, 0.0)
-    else:
-        r = tl.where(valid, tl.exp(joint - density), 0.0)
+    # With HARD, points of negative joint log-density do not count.
+    r = tl.where((density == k) & (joint >= 0.0), 1.0, 0.0) if HARD else tl.exp(joint - density)
+    r = tl.where(valid, r, 0.0)
     if weights is not None:
         r = r * tl.load(weights + bn, mask=valid, other=0.0)
     if SLOPES:
@@ -191,7 +190,7 @@ def _write_point_gradient(
 class Launch:
     """Converts the arguments of :func:`.native.e_step` for the kernels and launches them, with or without ``HARD``."""
 
-    def __init__(self, *arguments: Any, is_hard: bool = False) -> None:
+    def __init__(self, *arguments: Any, hard: bool = False) -> None:
         x, weights, means, inverse, peak, scale, center, unit, kind = arguments
         self.full, self.kind = kind == "full", kind
         self.sets, self.features, self.items = x.shape
@@ -200,7 +199,7 @@ class Launch:
             inverse, scale = (part.expand_as(means) for part in (inverse, scale))
         self.means, self.inverse, self.scale, self.unit = means, inverse, scale, unit
         mixture = [means, unit, means, inverse]
-        if not is_hard:
+        if not hard:
             mixture[0] = origin = center.float()
             # The center is rounded to the dtype of the points; shift the means by the difference.
             mixture[2] = means + ((center - origin) / unit.unsqueeze(-1)).unsqueeze(1)
@@ -210,7 +209,7 @@ class Launch:
         self.weights = None if weights is None else weights.float().contiguous()
         self.sizes = {"D": triton.next_power_of_2(self.features), "TILE": _TILE, "FULL": self.full}
         self.polynomial: tuple[Tensor, ...] = (self.peak, self.peak, self.peak)  # not read without slopes
-        self.slopes, self.is_hard = False, is_hard
+        self.slopes, self.hard = False, hard
 
     def set_polynomial(self, grads: Tensor | None) -> None:
         """Store the coefficients of the slope, for the gradient (B, K, F) with respect to the sums of phi(z)."""
@@ -239,7 +238,7 @@ class Launch:
         log_density = self.peak.new_empty(self.sets, self.items)
         mean_slope = torch.empty_like(log_density) if self.slopes else log_density
         programs = self.sets * triton.cdiv(self.items, _TILE)
-        self._run(_write_log_density, programs, log_density, mean_slope, HARD=self.is_hard)
+        self._run(_write_log_density, programs, log_density, mean_slope, HARD=self.hard)
         return log_density, mean_slope
 
     def sums(self, *per_point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +247,7 @@ class Launch:
         square = (features, features) if self.full else (features,)
         parts = self.peak.new_empty(*self.peak.shape, chunks, 1 + features + math.prod(square))
         programs = self.peak.numel() * chunks
-        self._run(_write_sums, programs, self.weights, per_point, parts, CHUNK=_CHUNK, HARD=self.is_hard)
+        self._run(_write_sums, programs, self.weights, per_point, parts, CHUNK=_CHUNK, HARD=self.hard)
         sums = parts.sum(2, dtype=self.unit.dtype)
         return sums, sums[..., 0], sums[..., 1 : 1 + features], sums[..., 1 + features :].unflatten(-1, square)
 

@@ -41,10 +41,7 @@ def _write_candidates(
     x, weights, uniform, distances, scores, rows, step, features, size, sets, candidates,
     D: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, J: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
-    """Lower distances by the best candidate of the last step, find new ones, and score each on a chunk of points.
-
-    The score is the sum of merits if the candidate becomes a center; without draws, it is the largest merit.
-    """
+    """Lower distances by the best candidate of the last step, find new ones, and write sums or maxima of merits."""
     items, chunks = x[4], tl.cdiv(x[4], size)
     b, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     d, c, j, t = tl.arange(0, D), tl.arange(0, CHUNKS), tl.arange(0, J), tl.arange(0, TILE)
@@ -98,11 +95,11 @@ def _write_parameters(
 ):  # fmt: skip
     """Write the parameters of a cell from its sums and those of its core; see ``initialization.parameters_around``."""
     bk, core, e = tl.program_id(0).to(tl.int64), tl.arange(0, 2)[:, None], tl.arange(0, ENTRIES)
-    b, i, j, valid = bk // components, e, e, e < entries
-    if FULL:
-        i, j = e // features, e % features
+    b, j, valid = bk // components, e % features, e < entries
+    i = e // features if FULL else j
     sums += (core * size + bk) * (1 + features + entries)
-    mass, least, eps = tl.load(sums), tl.load(floor + b), 2.220446049250313e-15  # as in ``m_step``
+    mass, total, least = tl.load(sums), tl.load(masses + b), tl.load(floor + b)
+    eps = 2.220446049250313e-15  # as in ``m_step``
     means = tl.load(sums + 1 + j, mask=valid, other=0.0) / (mass + eps)
     covariances = tl.load(sums + 1 + features + e, mask=valid, other=0.0) / (mass + eps)
     covariances -= means * tl.load(sums + 1 + i, mask=valid, other=0.0) / (mass + eps)
@@ -112,7 +109,6 @@ def _write_parameters(
     chosen = core == (tl.sum(tl.where(core == 1, mass, 0.0)) > 2 * features)
     mean = tl.sum(tl.where(chosen, means, 0.0), 0)
     covariance = tl.sum(tl.where(chosen, covariances * (trace / traces), 0.0), 0)
-    total = tl.load(masses + b)
     pooled = tl.load(totals + b) / (features * tl.maximum(total, 1.0)) + least
     covariance = tl.where(cell_mass > features, covariance, tl.where(i == j, pooled, 0.0))
     center = tl.load(centers + bk * features + j, mask=valid, other=0.0)
@@ -122,42 +118,36 @@ def _write_parameters(
     tl.store(parameters[2] + bk * entries + e, covariance, mask=valid)
 
 
-def choose_centers(
-    points: Tensor, distances: Tensor, first: Tensor, count: int, weights: Tensor, uniform: Tensor | None = None
-) -> Tensor:
-    """Return the rows (B, K) of centers, the ``first`` (B, 1) and points far from those before.
-
-    Distances (B, N) are those from no center. With numbers ``uniform`` (K, B, J), each center is the best of J draws.
-    """
+def choose_centers(points: Tensor, no_center: Tensor, first: Tensor, count: int, *draws: Tensor) -> Tensor:
+    """Return rows (B, K): the first (B, 1), then the farthest; with weights and uniform (K, B, J), the best draws."""
+    weights, uniform = draws or (None, None)
     sets, features, items = points.shape
     size = max(_CHUNK, triton.next_power_of_2(triton.cdiv(items, _MOST_CHUNKS)))
     candidates, chunks = 1 if uniform is None else uniform.shape[2], triton.cdiv(items, size)
-    padded, j = triton.next_power_of_2(features), triton.next_power_of_2(candidates)
-    constants = {"D": padded, "TILE": min(max(4096 // (padded * j), 1), _CHUNK), "J": j, "DRAWN": uniform is not None}
+    d, j, c = map(triton.next_power_of_2, (features, candidates, chunks))
+    constants = {"D": d, "J": j, "TILE": min(4096 // (d * j), _CHUNK), "CHUNKS": c, "DRAWN": uniform is not None}
     scores = points.new_empty(count, sets, candidates, chunks, dtype=torch.float64)
-    rows, buffers = first.repeat(count, 1, candidates), torch.stack([distances, distances])
+    rows, buffers = first.repeat(count, 1, candidates), torch.stack([no_center, no_center])
+    tensors = (points, *points.stride(), items), weights, uniform, buffers, scores, rows
     for step in range(count):
-        arguments = (points, *points.stride(), items), weights, uniform, buffers, scores, rows
-        numbers = step, features, size, sets, candidates
-        _write_candidates[(sets * chunks,)](*arguments, *numbers, CHUNKS=triton.next_power_of_2(chunks), **constants)
+        _write_candidates[(sets * chunks,)](*tensors, step, features, size, sets, candidates, **constants)
     best = None if uniform is None else scores.sum(-1).argmin(-1, keepdim=True)
     return (rows if best is None else rows.gather(-1, best)).squeeze(-1).mT
 
 
 def parameters_of_cells(points: Any, centers: Tensor, floor: Tensor, core: float, kind: str) -> tuple[Tensor, ...]:
     """Return log-weights, means and covariances as ``initialization.parameters_around`` does; ``core`` is ``_CORE``."""
-    full, centers, peak = kind == "full", centers.contiguous(), centers.new_zeros(centers.shape[:2])
-    unread = centers, peak, centers
-    launch = Launch(points.x, points.weights, centers, *unread, *points.frame, "full" if full else "diag", is_hard=True)
+    centers, peak = centers.contiguous(), centers.new_zeros(centers.shape[:2])
+    launch = Launch(points.x, points.weights, centers, centers, peak, centers, *points.frame, kind, hard=True)
     cell, _ = launch.log_density()
     launch.peak = torch.full_like(peak, torch.inf)  # all points count
     cells, mass, first, second = launch.sums(cell, cell, cell)
-    totals = (second.diagonal(dim1=-2, dim2=-1) if full else second).sum(-1)  # of |y|^2
+    totals = (second.diagonal(dim1=-2, dim2=-1) if launch.full else second).sum(-1)  # of |y|^2
     launch.peak = 0.5 * core * totals / mass.clamp(min=1.0)
     sums = torch.stack([cells, launch.sums(cell, cell, cell)[0]])
     found = tuple(map(torch.empty_like, (mass, first, second)))
-    arguments = sums, totals.sum(-1), points.mass, centers, tuple(points.frame), floor, found
+    arguments = sums, totals.sum(-1), mass.sum(-1), centers, tuple(points.frame), floor, found
     numbers = mass.numel(), *centers.shape[1:], second[0, 0].numel()
-    sizes = {"ENTRIES": triton.next_power_of_2(numbers[-1]), "FULL": full}
+    sizes = {"ENTRIES": triton.next_power_of_2(numbers[-1]), "FULL": launch.full}
     _write_parameters[(mass.numel(),)](*arguments, *numbers, **sizes)
     return *found[:2], found[2].mean(-1) if kind == "spherical" else found[2]
