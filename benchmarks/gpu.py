@@ -12,6 +12,7 @@ synchronizations are counted by torch.profiler. A step that fails is reported, a
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import statistics
@@ -245,6 +246,30 @@ def times(device, scale, repeats):
     return table
 
 
+def starts(device, scale, repeats):
+    """Return milliseconds, launches and largest relative errors of starts of a large set, for K = 64.
+
+    Errors are against float64 on the same device, where k-means++ draws the same numbers.
+    """
+    table, clock = {}, Clock(device, repeats)
+    x = torch.randn(1, max(int(1_000_000 * scale), 2000), 16, device=device)
+    for init, covariance in itertools.product(("farthest", "kmeans++"), ("diag", "full")):
+        options = {"init": init, "seed": 0 if init == "kmeans++" else None, "covariance": covariance}
+        operator = EMOperator(64, 16, num_iters=0, residual=False, **options).to(device)
+        row = {}
+        for label in ("float32", "Triton kernels"):
+            try:
+                with torch.no_grad(), setting(label, device):
+                    row[f"{label}: ms"] = 1e3 * clock.seconds(operator, [x])
+                    row[f"{label}: launches"], _ = launches_and_waits(operator, x, device)
+                    pairs = zip(operator(x).parameters(), operator(x.double()).parameters(), strict=True)
+                    row[f"{label}: error"] = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+            except Exception as error:
+                row["failed"] = f"{label}: {type(error).__name__}: {error}"[:200]
+        table[f"1M x 16, K = 64, {init}, {covariance}"] = row
+    return table
+
+
 def graph(device, scale):
     """Return milliseconds per iteration of a forward pass captured in a CUDA graph."""
     if device != "cuda":
@@ -299,6 +324,7 @@ def main():
         "Machine": lambda: {"this machine": machine(device, scale)},
         "Times": lambda: times(device, scale, arguments.repeats),
         "Times of Triton kernels": lambda: call_under("Triton kernels", times, device, scale, arguments.repeats),
+        "Starts": lambda: starts(device, scale, arguments.repeats),
         "Milliseconds per iteration in a CUDA graph": lambda: {
             "forward": graph(device, scale),
             "forward, Triton kernels": call_under("Triton kernels", graph, device, scale),

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from em_lightning import (
     softmin,
 )
 from em_lightning.mixture import farthest_points, kmeans_plus_plus, random_points
+from em_lightning.mixture.backends import use_backend
 from em_lightning.operators import (
     DirectionalEM,
     EMAbstraction,
@@ -143,6 +145,40 @@ STARTS = {  # launches per center
 }
 # Launches of a start with random points, that is, mostly for the moments of their cells.
 CELLS = {"full": 106, "diag": 99, "spherical": 107, "tied": 90}
+# Launches of a whole start on Triton kernels, for K = 64 and any number of points.
+TRITON_STARTS = {
+    f"{init}, {covariance}": {"covariance": covariance, "init": init}
+    for init in ("farthest", "kmeans++")
+    for covariance in ("diag", "full")
+}
+MOST_LAUNCHES = 100
+
+
+def measure_triton(device_module):
+    """Print the launches of starts on Triton kernels, which are counted but not run."""
+    try:
+        from em_lightning.mixture.backends import triton_start
+    except ImportError:
+        return
+
+    def count(kernel, *arguments, **options):
+        device_module.record.launches += 1
+        for tensor in pytree.tree_leaves(arguments):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+                device_module.on_host(tensor).zero_()  # the rows that a kernel would write are indices of points
+
+    for name, options in TRITON_STARTS.items():
+        operator, launches, waits = EMOperator(64, 16, residual=False, **options), [], 0
+        for count_of_points in (5_000, 300_000):
+            with device_module.pretend() as record, use_backend("triton"), torch.no_grad():
+                x = torch.randn(1, count_of_points, 16).to(device_module.DEVICE)
+                sets = operator._prepare(x, None, None)
+                record.reset()
+                with mock.patch.object(type(triton_start._write_parameters), "run", count):
+                    operator._start(sets, False)
+                launches.append(record.launches)
+                waits += sum(record.synchronizations.values())
+        print(json.dumps({"case": f"triton {name}", "launches": launches, "waits": waits}))
 
 
 def measure(device_module):
@@ -205,6 +241,7 @@ def measure(device_module):
                 operator._start(sets, False)
             waits = sum(record.synchronizations.values())
             print(json.dumps({"case": f"cells {name}", "launches": record.launches, "waits": waits}))
+    measure_triton(device_module)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +278,14 @@ def test_a_start_launches_little_and_never_waits(measured, name):
 def test_the_mixture_of_cells_launches_little_and_never_waits(measured, name):
     assert measured[f"cells {name}"]["launches"] <= CELLS[name]
     assert measured[f"cells {name}"]["waits"] == 0
+
+
+@pytest.mark.parametrize("name", TRITON_STARTS)
+def test_a_start_on_triton_kernels_takes_a_hundred_launches(measured, name):
+    pytest.importorskip("triton")
+    few, many = measured[f"triton {name}"]["launches"]
+    assert few == many <= MOST_LAUNCHES
+    assert measured[f"triton {name}"]["waits"] == 0
 
 
 if __name__ == "__main__":

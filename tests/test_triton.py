@@ -1,4 +1,4 @@
-"""The Triton kernels of the E-step in Triton's interpreter, against float64."""
+"""The Triton kernels of the E-step and of the start in Triton's interpreter, against float64."""
 
 import os
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_lightning import EMOperator
-from em_lightning.mixture import Mixture, em_step
+from em_lightning.mixture import Mixture, em_step, farthest_points, kmeans_plus_plus
 from em_lightning.mixture.backends import native, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -127,3 +127,77 @@ def test_components_of_zero_weight_change_nothing(interpreted):
     without = Mixture(torch.tensor([[0.3, 0.7]]).log(), means[:, 1:], covariances[:, 1:])
     assert_near([mixture.log_prob(x)], [without.log_prob(x).double()])
     assert_near([em_step(x, mixture).means[:, 1:]], [em_step(x, without).means.double()])
+
+
+def chosen(choose, x, num_components, weights):
+    options = {} if choose is farthest_points else {"generator": torch.Generator().manual_seed(3)}
+    return choose(x, num_components, weights, **options)
+
+
+@pytest.mark.parametrize("choose", [farthest_points, kmeans_plus_plus])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape, components", [((2, 70, 3), 5), ((1, 1500, 2), 4), ((1, 5, 3), 8), ((2, 40, 1), 1)])
+def test_centers_are_those_of_torch(choose, weighted, shape, components):
+    torch.manual_seed(components)
+    x = torch.randn(shape)
+    weights = torch.rand(shape[:2]) * (torch.rand(shape[:2]) < 0.5) if weighted else None
+    if weighted and len(x) > 1:
+        weights[1] = 0.0
+    with use_backend("triton"):
+        found = chosen(choose, x, components, weights)
+    assert torch.equal(found.double(), chosen(choose, x.double(), components, weights))
+
+
+STARTS = {  # shape of the points, K, mask, weights
+    "plain": ((2, 80, 3), 4, False, False),
+    "masks, weights and an empty set": ((3, 80, 3), 4, True, True),
+    "several chunks": ((1, 1030, 2), 3, False, True),
+    "fewer points than components": ((2, 5, 3), 8, True, False),
+}
+
+
+@pytest.mark.parametrize(
+    "name, covariance",
+    [*((name, covariance) for name in STARTS for covariance in ("full", "diag"))]
+    + [("masks, weights and an empty set", covariance) for covariance in ("spherical", "tied", "lowrank")],
+)
+def test_the_mixture_of_cells_is_that_of_torch(name, covariance):
+    shape, components, masked, weighted = STARTS[name]
+    x = 3.0 * torch.randn(shape) + 100.0
+    mask = torch.rand(shape[:2]) < 0.8 if masked else None
+    if masked:
+        mask[-1] = False
+    weights = torch.rand(shape[:2]) if weighted else None
+    operator = EMOperator(components, shape[2], covariance=covariance, rank=1 if covariance == "lowrank" else None)
+    expected = operator(x.double(), mask, weights, num_iters=0)
+    with use_backend("triton"):
+        assert_near(operator(x, mask, weights, num_iters=0).parameters(), expected.parameters())
+
+
+def test_cells_at_the_limits_of_float32(interpreted):
+    operator = EMOperator(3, 2)
+    for scale in (1e-15, 1e15):
+        x = torch.randn(1, 50, 2) * scale
+        found = operator.start(operator._prepare(x, None, None), None)
+        expected = operator.start(operator._prepare(x.double(), None, None), None)
+        assert_near(found, expected)
+
+
+def test_gradients_of_a_start_are_those_of_torch():
+    x, direction = torch.randn(1, 40, 2), torch.randn(1, 40, 2)
+    operator = EMOperator(3, 2, num_iters=0)
+
+    def outputs(points):
+        mixture = operator(points)
+        return mixture.log_weights.sum() + mixture.means.square().sum() + mixture.covariances.square().sum()
+
+    def derivatives(points):
+        given = points.clone().requires_grad_()
+        (first,) = torch.autograd.grad(outputs(given), given, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), given)
+        forward = torch.func.jvp(outputs, (points,), (direction.to(points),))[1]
+        return first.detach(), second, forward
+
+    with use_backend("triton"):
+        found = derivatives(x)
+    assert_near(found, derivatives(x.double()), 1e-4)

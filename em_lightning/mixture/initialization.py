@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from em_lightning.competition.entropic import cumulative_sum
-from em_lightning.mixture.backends import map_blocks, sum_blocks
-from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.backends import map_blocks, native, sum_blocks
+from em_lightning.mixture.covariance import COVARIANCES, Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Parameters, Points, features_first
@@ -39,8 +39,10 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     points, weights = _weighted_points(x, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
-    lowered = _lower_distances(no_center, points, mean.unsqueeze(-1))
-    centers, distances = [_pick(points, lowered.argmax(-1))], no_center
+    first = _lower_distances(no_center, points, mean.unsqueeze(-1)).argmax(-1)
+    if kernels := native.triton_start(COVARIANCES["diag"], points):
+        return _pick(points, kernels.choose_centers(points, no_center, first, num_components)).mT
+    centers, distances = [_pick(points, first)], no_center
     for _ in range(num_components - 1):
         lowered = _lower_distances(distances, points, centers[-1])
         distances = lowered.squeeze(1)
@@ -59,17 +61,18 @@ def kmeans_plus_plus(
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
     """
     points, weights = _weighted_points(x, weights)
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
+    weights = weights + (weights.sum(-1, keepdim=True) == 0)  # sets without points draw from all rows
     size = num_components, len(x), 2 + int(math.log(num_components))  # the last is the number of candidates
     uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=x.device) * (1.0 - 1e-15)  # see below
     potential, distances = weights, torch.full_like(weights, torch.inf)
     centers: list[Tensor] = []
     for numbers in uniform:
         total = cumulative_sum(potential.double(), -1)
-        thresholds = (
-            numbers * total[:, -1:]
-        )  # less than the total even after rounding, as the numbers are at most 1 - 1e-15
+        thresholds = numbers * total[:, -1:]  # below the total even after rounding, as numbers are at most 1 - 1e-15
         rows = torch.searchsorted(total, thresholds, right=True).clamp(max=x.shape[1] - 1)
+        if not centers and (kernels := native.triton_start(COVARIANCES["diag"], points)):
+            rows = kernels.choose_centers(points, distances, rows[:, :1], num_components, weights, uniform)
+            return _pick(points, rows).mT
         candidates = _pick(points, rows if centers else rows[:, :1])
         lowered = _lower_distances(distances, points, candidates)
         best = (lowered * weights.unsqueeze(1)).sum(-1).argmin(1, keepdim=True)
@@ -104,7 +107,7 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 
 
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
-    """Return a mixture around centers (B, K, D) in frame coordinates, differentiable in the points.
+    """Return a mixture around centers (B, K, D) in the user's units, differentiable in the points.
 
     A cell holds the points nearest to a center; its core those whose squared distance is at most ``_CORE`` times the
     mean one, because points of other clusters at the rim slow down EM. Each component has the weight of its cell. If
@@ -114,7 +117,12 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     shared covariance is that of all cells. Covariances have the form of the EM loop, see ``covariance.from_public``.
     """
     num_components, num_features = centers.shape[1:]
-    unrestricted = covariance.unrestricted
+    unrestricted, is_shared = covariance.unrestricted, covariance.sharing(num_components) > 1
+    kernels = None if is_shared else native.triton_start(unrestricted, points.x, points.weights)
+    if kernels:
+        log_weights, means, found = kernels.parameters_of_cells(points, centers, floor, _CORE, unrestricted.native_kind)
+        return Parameters(log_weights, means, covariance.from_public(found))
+    centers = points.frame.enter(centers.to(floor.dtype).mT).mT
     cell, distances = _nearest_centers(points, centers)
     weights = torch.ones_like(distances) if points.weights is None else points.weights
     total, cell_mass = (
@@ -126,7 +134,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     (mass, core_mass), (log_weights, _), (means, core_means), pair = (part.chunk(2) for part in fitted)
     has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
     covariances, core_covariances = pair
-    if covariance.sharing(num_components) == 1:  # else fit_cells gave the covariance of all cells together
+    if not is_shared:  # else fit_cells gave the covariance of all cells together
         trace, core_trace = (unrestricted.diagonal(part, num_features).sum(-1) for part in pair)
         of_cores = unrestricted.scaled(core_covariances, trace / core_trace)  # unscaled, they are too narrow
         second_moment = trace + (means - _with_gradient(points, centers, cell, distances)).square().sum(-1)

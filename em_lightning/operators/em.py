@@ -222,16 +222,14 @@ class EMOperator(SetOperator):
 
     def _start(self, sets: Sets, try_several: bool) -> Parameters:
         """Return the learned start, or around drawn centers: of several starts, that with the highest objective."""
-        points, frame = sets.points, sets.points.frame
+        points = sets.points
         if self.start is not None:
             return self._with_room_for_background(self.start(sets))
         generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
 
         def draw() -> Tensor:
-            """Return centers (B, K, D) in the coordinates of the frame."""
             x, choose = points.x.detach().mT, CENTERS[self.init]
-            centers = choose(x, self.num_components, weights=points.weights, generator=generator)
-            return frame.enter(centers.to(frame.center.dtype).mT).mT
+            return choose(x, self.num_components, weights=points.weights, generator=generator)
 
         def around(centers: Tensor) -> Parameters:
             return self._with_room_for_background(parameters_around(points, centers, self.family, sets.floor))

@@ -107,8 +107,15 @@ def _is_for_triton(x: Tensor) -> bool:
     return _chosen == "triton" or x.device.type == "cuda"
 
 
-def _triton() -> Any:
-    return importlib.import_module("em_lightning.mixture.backends.triton")
+def _triton(name: str = "triton") -> Any:
+    return importlib.import_module(f"em_lightning.mixture.backends.{name}")
+
+
+def triton_start(family: Any, x: Tensor, weights: Tensor | None = None) -> Any:
+    """Return the module of Triton kernels for a start of points (B, D, N); None if they do not serve it."""
+    tensors = [x] if weights is None else [x, weights]  # the kernels have no derivatives
+    is_constant = not any(each.requires_grad or forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+    return _triton("triton_start") if _chosen == "triton" and is_constant and serves(x, family, tensors) else None
 
 
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
