@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,7 +109,8 @@ def _run(model: Any, batch: Any) -> None:
         if not getattr(model, "automatic_optimization", True):
             made = model.configure_optimizers()  # new optimizers, of the copied state
             for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
-                found = _found(made, kind)
+                found: list[Any] = []
+                apply_to_collection(made, kind, found.append)
                 vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
             vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
@@ -138,14 +140,6 @@ def call(model: nn.Module, batch: Any) -> Any:
     except Exception as error:  # models raise exceptions of any class
         rule = f"of the arguments {', '.join(parameters)} of {type(model).__name__}.forward, or entries of its only one"
         raise TypeError(f"{', '.join(sorted(map(str, unknown)))} must be {rule}: {error}") from error
-
-
-def _found(made: Any, kind: type) -> list[Any]:
-    """Return the instances of a class in what ``configure_optimizers`` returned."""
-    if isinstance(made, kind):
-        return [made]
-    parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, (list, tuple)) else ()
-    return [one for part in parts for one in _found(part, kind)]
 
 
 @contextlib.contextmanager
