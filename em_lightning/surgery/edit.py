@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import Twin, guard, is_equal_copy, unchanged_twins
+from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, unchanged_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
@@ -281,7 +281,9 @@ def change_sites(
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
     twins = unchanged_twins(surgery.model, sites)
-    surgery.undos += [guard(surgery.model, twin) for twin in twins]
+    for twin in twins:
+        copied, hook = surgery.model.get_submodule(twin.copy), functools.partial(refuse_original, twin)
+        surgery.undos.append(copied.register_load_state_dict_post_hook(hook).remove)
     surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
