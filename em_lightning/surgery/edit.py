@@ -34,6 +34,7 @@ class Change(NamedTuple):
     new: nn.Module
     added: nn.Module  # new itself, or the operator in it: the module that was built, or a PerCall of several
     entry: dict[str, Any]  # the change's entry in the plan
+    make: Make  # which built ``modules``
 
     @property
     def path(self) -> str:
@@ -312,7 +313,7 @@ def change_sites(
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
-        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
+        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry, make))
         after_change(site, surgery.changes[-1])
     return surgery
 

@@ -63,7 +63,7 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation_maker(activation, dim, arguments)
-    after_change = functools.partial(watch_first_call, surgery, make=make, verbose=verbose)
+    after_change = functools.partial(watch_first_call, surgery, verbose=verbose)
     try:
         sites = surgery.find(where, target)
     except NoMatchError as error:
@@ -178,8 +178,7 @@ def insert_em_operators(
     def after_change(site: Site, change: Change) -> None:
         for module in change.modules:
             module.width_is_given = num_features is not None
-        make = functools.partial(SetRefinement, **given)  # never called: own_dim reads from it whether dim is given
-        watch_first_call(surgery, site, change, make, verbose)
+        watch_first_call(surgery, site, change, verbose)
 
     change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, after_change)
     return surgery.warn_of_copies() if into is None else surgery
@@ -197,11 +196,11 @@ def own_dim(module: Any, make: Make) -> int | Literal["auto"] | None:
     return "auto" if is_open else module.dim
 
 
-def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
+def watch_first_call(surgery: Surgery, site: Site, change: Change, verbose: bool = False) -> None:
     """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
     for module in change.modules:
         axis = None  # stays so if the units do not compete
-        dim = own_dim(module, make)
+        dim = own_dim(module, change.make)
         if dim is not None:
             axis = unit_axis(site, dim)
             if isinstance(module, SetRefinement):

@@ -100,7 +100,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     make = functools.partial(cls, **entry["init_args"])
 
     def after_change(site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, make)
+        watch_first_call(surgery, site, change)
         use_axes(change.entry, entry)
 
     if entry["operation"] == "functional":
