@@ -288,6 +288,7 @@ def change_sites(
     surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
+        make = functools.partial(make) if isinstance(make, type) else make  # without arguments
         counter = CallCounter(site.path, num_modules, _refuse_sharing)
         added = built = _build(site, make)
         if num_modules > 1:
@@ -324,7 +325,7 @@ def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
         torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
         if isinstance(make, nn.Module):
             module: Any = copy.deepcopy(make)
-        elif isinstance(make, type) or (isinstance(make, functools.partial) and isinstance(make.func, type)):
+        elif isinstance(make, functools.partial) and isinstance(make.func, type):
             module = make()
         else:
             module = make(site.module)

@@ -187,8 +187,8 @@ def insert_em_operators(
 def watch_first_call(surgery: Surgery, site: Site, change: Change, verbose: bool = False) -> None:
     """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
     make = change.make
-    # A class or partial without dim leaves the axis open. Otherwise it is that of the module, such as of a copy.
-    is_open = isinstance(make, type) or (isinstance(make, functools.partial) and "dim" not in make.keywords)
+    # A class without the argument dim leaves the axis open. Otherwise it is that of the module, such as of a copy.
+    is_open = isinstance(make, functools.partial) and "dim" not in make.keywords
     for module in change.modules:
         axis = None  # stays so if the units do not compete
         if "dim" in inspect.signature(type(module)).parameters and getattr(module, "competes", True):
