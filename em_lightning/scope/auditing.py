@@ -148,7 +148,8 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
 
     The state is replaced, not the model, so that functions which hold the model or a part of it use the copy too.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    states = {module: vars(module) for module in model.modules()}
+    attributes = [value for state in states.values() for value in state.values()]
     shared: list[Any] = [value for value in attributes if isinstance(value, (Dataset, DataLoader))]
     trainer = None
     with contextlib.suppress(AttributeError, RuntimeError):  # not a LightningModule, or not attached
@@ -161,16 +162,14 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
             f"{type(model).__name__} cannot be copied ({error}), and the audit runs on a copy: audit a part of the "
             f"model, such as audit(model.encoder, x)"
         ) from error
-    modules = list(model.modules())
-    states = [vars(module) for module in modules]
     try:
-        for module, other in zip(modules, copied.modules(), strict=True):
+        for module, other in zip(states, copied.modules(), strict=True):
             object.__setattr__(module, "__dict__", vars(other))
         if trainer is not None:
             model.trainer = trainer  # LightningModule does not copy it
         yield batch
     finally:
-        for module, state in zip(modules, states, strict=True):
+        for module, state in states.items():
             object.__setattr__(module, "__dict__", state)
 
 
