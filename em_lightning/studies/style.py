@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -36,15 +35,9 @@ _STYLE: Any = {
     "savefig.dpi": 150,
 }
 
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
-
-    matplotlib reads the style when it creates titles and legends, so decorate the whole function that draws.
-    """
-    with matplotlib.rc_context(_STYLE):
-        yield
+# Sets matplotlib's parameters to the library's style for a ``with`` block or a decorated function. matplotlib reads the
+# style when it creates titles and legends, so decorate the whole function that draws.
+figure_style = partial(matplotlib.rc_context, _STYLE)
 
 
 @figure_style()
