@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
@@ -57,7 +56,6 @@ def new_figure(
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
     for unused in axes[count:]:
         unused.remove()
