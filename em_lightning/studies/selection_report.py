@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from em_lightning.data import TabularDataModule
+from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.modules.gaussian_mixture import initial_mixture
 from em_lightning.plots import mixture_grid
@@ -133,15 +134,12 @@ def _row(
     }
 
 
-def _log_likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> tuple[float, float]:
+def _log_likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> list[float]:
     """Return the weighted sum of the log-likelihoods of all rows of a split, and the sum of the weights."""
-    total = mass = 0.0
+    metric = MixtureLogLikelihood()
     for points, weights in data.blocks(split, whole=True):
-        log_prob = mixture.log_prob(points[None])[0].double()
-        weights = torch.ones_like(log_prob) if weights is None else weights.double()
-        total += float(weights @ log_prob)
-        mass += float(weights.sum())
-    return total, mass
+        metric.update(mixture.log_prob(points[None])[0], weights=weights)
+    return metric.sums[:2].tolist()
 
 
 def _picture(mixture: Mixture, data: TabularDataModule) -> Any:
