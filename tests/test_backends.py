@@ -15,7 +15,7 @@ from em_lightning.mixture.backends import native, use_backend
 from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, smallest_pivots
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics
-from em_lightning.mixture.em import iteration
+from em_lightning.mixture.em import em_step, iteration
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame
 
@@ -310,6 +310,26 @@ def test_a_whole_step_has_the_results_of_separate_ones_for_degenerate_components
     assert names == ["em_lightning::em_step"]
     for own, other in zip((*after, *statistics), (*expected, *separate), strict=True):
         torch.testing.assert_close(own, other.detach(), rtol=1e-9, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("features", [1, 3, 6])
+@pytest.mark.parametrize("fault", ["singular", "negative", "wide"])
+def test_a_step_gives_the_same_with_and_without_gradients_for_any_covariances(kind, features, fault):
+    x = problem(torch.float64, items=3000, features=features)[0]
+    ones = torch.ones(2, 3, features, features, dtype=torch.float64)
+    start = {"singular": ones, "negative": -0.5 * ones, "wide": ones + torch.eye(features).double()}[fault]
+    if fault == "wide":  # W has entries of 1e-110, whose product is not a number in double precision
+        start = 1e220 * start
+    means = torch.randn(2, 3, features, dtype=torch.float64)
+    start = Mixture(torch.full((2, 3), 1 / 3).double().log(), means, covariances_of(kind, start))
+    with torch.no_grad():
+        whole = em_step(x, start)
+    separate = em_step(x.clone().requires_grad_(), start)
+    for own, other in zip(whole.parameters(), separate.parameters(), strict=True):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own, other.detach(), rtol=1e-7, atol=1e-9)
 
 
 @needs_compiler

@@ -444,3 +444,18 @@ X = torch.randn(2, 10, 3)
 )
 def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)
+
+
+def test_a_start_without_a_finite_objective_does_not_win(monkeypatch):
+    torch.manual_seed(0)
+    operator = EMOperator(2, 2, init="random", num_starts=3, seed=0, residual=False).eval()
+    x, objectives = torch.randn(4, 60, 2), iter([1.0, float("nan"), 2.0])
+    monkeypatch.setattr(operator, "_objective", lambda sets, state: torch.full((4,), next(objectives)))
+    chosen = operator(x, num_iters=0).means
+    monkeypatch.undo()
+    drawn = EMOperator(2, 2, init="random", seed=0, residual=False).eval()
+    first = drawn(x, num_iters=0).means
+    objectives = iter([float("nan"), float("nan"), float("nan")])
+    monkeypatch.setattr(operator, "_objective", lambda sets, state: torch.full((4,), next(objectives)))
+    assert not torch.equal(chosen, first)
+    assert torch.equal(operator(x, num_iters=0).means, first)

@@ -15,6 +15,7 @@ from em_lightning.surgery import (
     LayerwiseLoss,
     NoMatchError,
     Surgery,
+    Taps,
     apply_plan,
     find_modules,
     insert_after,
@@ -674,3 +675,33 @@ def test_a_gradient_that_overflows_is_not_a_part_of_automatic_weights(bad):
     other = LayerwiseLoss(model, "0", verbose=False)
     other.add_to(model(x).square().mean())
     assert losses.weight_of("0") == other.weight_of("0") > 0
+
+
+def test_an_input_tap_takes_the_first_tensor_given_by_position_or_by_keyword():
+    class Masked(nn.Module):
+        def forward(self, mask, x, scale):
+            return x * scale
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Masked()
+
+        def forward(self, x):
+            return self.layer(None, x=x, scale=torch.tensor(2.0))
+
+    net, x = Net(), torch.ones(4, 3, requires_grad=True)
+    taps = Taps(net, "layer", "input", dim=-1, detach=True, verbose=False)
+    y = net(x)
+    (captured,) = taps.take()["layer"]
+    assert captured is x and not y.requires_grad  # the forward went on with a detached tensor
+    torch.testing.assert_close(y, 2.0 * x.detach())
+
+
+def test_a_plan_that_builds_too_much_raises_and_leaves_later_modules_unlimited():
+    make = functools.partial(nn.Linear, in_features=3, out_features=3)
+    plan = recorded_plan(replace_modules(nn.Sequential(nn.ReLU()), "0", make).model)
+    plan[0]["init_args"] = {"in_features": 2**15, "out_features": 2**15, "device": "meta"}
+    with pytest.raises(ValueError, match="268,435,456 elements"):
+        apply_plan(nn.Sequential(nn.ReLU()), plan)
+    assert nn.Linear(2**15, 2**15, device="meta").weight.numel() == 2**30

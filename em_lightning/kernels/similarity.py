@@ -113,7 +113,7 @@ def von_mises_fisher_normalizer(concentration: Tensor, num_features: int) -> tup
     """
     order, x = 0.5 * num_features - 1.0, concentration
     if num_features % 2:
-        lowest_order = -0.5  # I_(-1/2)(x) = sqrt(2 / (pi x)) cosh(x)
+        lowest_order = -0.5  # I_(-1/2)(x) = sqrt(2 / (pi x)) cosh(x); for D = 1, R = tanh(x)
         log_bessel = torch.log1p((-2.0 * x).exp()) + x - 0.5 * (2.0 * math.pi * x).log()
     else:
         lowest_order = 0.0

@@ -164,7 +164,7 @@ def fit_cells(
     mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
     unused = {"log_likelihood": zeros, "background_mass": zeros, "num_points": zeros}  # by the M-step below
     statistics = SufficientStatistics(mass, zeroth=mass, first=first, second=second, **unused)  # IRLS weights are 1
-    before = family.expand(points.variance.repeat(count, 1), num_components)
+    before = family.expand(points.variance.repeat(count, 1), num_components)  # only its shape is read
     return mass, *m_step(statistics, family, floor.repeat(count), before)
 
 

@@ -14,13 +14,7 @@ from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
 from em_lightning.metrics import MixtureLogLikelihood
-from em_lightning.mixture import (
-    COVARIANCES,
-    Mixture,
-    MixturePrior,
-    StreamedEM,
-    information_criteria,
-)
+from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, StreamedEM, information_criteria
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator
 from em_lightning.operators.base import build
@@ -122,8 +116,8 @@ class GaussianMixtureModule(EMModule):
         options: dict[str, Any] = {"covariance": covariance, "covariance_floor": covariance_floor, "residual": False}
         options |= {"init": init, "seed": None if init == "farthest" else seed}  # farthest-point starts draw nothing
         options |= {"num_starts": num_starts, "num_iters": 5}  # before the best start is chosen; 5 was not measured
-        self._make_operator = functools.partial(EMOperator, num_components, num_features, **options)
-        self._make_operator()  # checks the arguments
+        self.make_operator = functools.partial(EMOperator, num_features=num_features, **options)
+        self.make_operator(num_components=num_components)  # checks the arguments
         self.prior = build("prior", MixturePrior, prior)
         # Parameters, although they get no gradient: DDP refuses a module without parameters.
         ones = torch.ones(1, num_features, dtype=torch.float64)
@@ -184,7 +178,8 @@ class GaussianMixtureModule(EMModule):
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                mixture, center, variance = initial_mixture(rows, self._make_operator())
+                operator = self.make_operator(num_components=self.mixture.components)
+                mixture, center, variance = initial_mixture(rows, operator)
                 start = (tuple(mixture.parameters()), center, variance)
             parameters, center, variance = self.trainer.strategy.broadcast(start)
             self.start_from(Mixture(*parameters), center, variance)

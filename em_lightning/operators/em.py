@@ -244,8 +244,9 @@ class EMOperator(SetOperator):
             drawn = [draw() for _ in range(self.num_starts if try_several else 1)]
             best = drawn[0]
             if len(drawn) > 1:
-                highest = torch.stack([score(around(centers)) for centers in drawn]).argmax(0)
-                best = torch.stack(drawn)[highest, torch.arange(len(best), device=best.device)]
+                objectives = torch.stack([score(around(centers)) for centers in drawn])
+                winner = objectives.masked_fill(objectives.isnan(), -torch.inf).argmax(0)  # argmax would take NaN
+                best = torch.stack(drawn)[winner, torch.arange(len(best), device=best.device)]
         return around(best)
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:

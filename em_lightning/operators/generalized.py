@@ -155,6 +155,7 @@ class GeneralizedEM(SetOperator):
         # The M-step differentiates energies; record its graph only if an input requires gradients.
         inputs = (*sets, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
+        # Before the block below, in which the tensors are copies.
         objective = self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             # Copies, because autograd accepts no inference tensors.

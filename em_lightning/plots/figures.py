@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -38,7 +37,6 @@ def mixture_grid(
     columns = min(len(points), 4)
     rows = -(-len(points) // columns)  # rounded up
     figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)  # so that the figure can be drawn
     ax: Any
     for i in range(len(points)):
         ax = figure.add_subplot(rows, columns, i + 1, **projection)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.backends import mha
@@ -108,7 +109,8 @@ def _run(model: Any, batch: Any) -> None:
         if not getattr(model, "automatic_optimization", True):
             made = model.configure_optimizers()  # new optimizers, of the copied state
             for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
-                found = _found(made, kind)
+                found: list[Any] = []
+                apply_to_collection(made, kind, found.append)
                 vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
             vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
@@ -140,21 +142,14 @@ def call(model: nn.Module, batch: Any) -> Any:
         raise TypeError(f"{', '.join(sorted(map(str, unknown)))} must be {rule}: {error}") from error
 
 
-def _found(made: Any, kind: type) -> list[Any]:
-    """Return the instances of a class in what ``configure_optimizers`` returned."""
-    if isinstance(made, kind):
-        return [made]
-    parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, (list, tuple)) else ()
-    return [one for part in parts for one in _found(part, kind)]
-
-
 @contextlib.contextmanager
 def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
     """Give a model and its submodules a deep copy of their state, and yield a copy of the batch.
 
     The state is replaced, not the model, so that functions which hold the model or a part of it use the copy too.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    states = {module: vars(module) for module in model.modules()}
+    attributes = [value for state in states.values() for value in state.values()]
     shared: list[Any] = [value for value in attributes if isinstance(value, (Dataset, DataLoader))]
     trainer = None
     with contextlib.suppress(AttributeError, RuntimeError):  # not a LightningModule, or not attached
@@ -167,16 +162,14 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
             f"{type(model).__name__} cannot be copied ({error}), and the audit runs on a copy: audit a part of the "
             f"model, such as audit(model.encoder, x)"
         ) from error
-    modules = list(model.modules())
-    states = [vars(module) for module in modules]
     try:
-        for module, other in zip(modules, copied.modules(), strict=True):
+        for module, other in zip(states, copied.modules(), strict=True):
             object.__setattr__(module, "__dict__", vars(other))
         if trainer is not None:
             model.trainer = trainer  # LightningModule does not copy it
         yield batch
     finally:
-        for module, state in zip(modules, states, strict=True):
+        for module, state in states.items():
             object.__setattr__(module, "__dict__", state)
 
 

@@ -94,10 +94,8 @@ class Finding:
 
 def reason_of(module: nn.Module) -> str:
     """Return why a module in which no competition was seen is not EM."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in _REASONS:
-            return _REASONS[cls.__name__]
-    return NOT_SEEN
+    known = (_REASONS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _REASONS)
+    return next(known, NOT_SEEN)
 
 
 class Audit(list[Finding]):
@@ -155,7 +153,7 @@ class Softmax:
         label += " by index, largest group" * (self.index is not None)
         label = "keys" if self.operation == "attention" else label
         finding = Finding(self.path, type(self.module).__name__, self.operation, reason=self._reason())
-        return _compared(finding, responsibilities, free_energy, energies, label)
+        return _compared(finding, Posterior(energies, responsibilities, free_energy), label, -1)
 
     def _hypotheses_last(self, x: Tensor, padding: float) -> Tensor:
         if self.index is None:
@@ -189,33 +187,28 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
         mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
         energies = module.posterior(inputs[0].detach(), output, mask).energies.detach().double().requires_grad_()
         finding = Finding(path, name, "E-step", reason="responsibilities of the components of a mixture")
-        return _compared_posterior(finding, module.competition(energies), "components", -1)
+        return _compared(finding, module.competition(energies), "components", -1)
     competition = module.posterior if isinstance(module, Activation) else module
     posterior = competition(inputs[0].detach().float().requires_grad_(), *inputs[1:], **kwargs)
     if isinstance(module, Activation) and not module.competes:
         reason = "hypotheses of each unit by itself: units do not compete"
-        finding = _compared_posterior(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
+        finding = _compared(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
     else:
         dim = inputs[2] if len(inputs) > 2 else kwargs.get("dim")  # forward(energies, log_prior, dim) of a Competition
         axis = module.dim if dim is None else dim
         finding = Finding(path, name, name, reason="competition of the units")
-        finding = _compared_posterior(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)
+        finding = _compared(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)
     if isinstance(module, _SPARSE) and finding.checked:
         finding.exponentiated = False
         finding.reason = "normalized, but not exponentiated: hypotheses drop to exactly zero"
     return finding
 
 
-def _compared_posterior(finding: Finding, posterior: Posterior, label: str, axis: int) -> Finding:
-    return _compared(finding, posterior.responsibilities, posterior.free_energy, posterior.energies, label, axis)
-
-
-def _compared(
-    finding: Finding, responsibilities: Tensor, free_energy: Tensor, energies: Tensor, label: str, axis: int = -1
-) -> Finding:
+def _compared(finding: Finding, posterior: Posterior, label: str, axis: int) -> Finding:
     """Complete a finding: compare responsibilities with dF / d energies, both with the hypotheses on ``axis``."""
-    gradient = torch.autograd.grad(free_energy.sum(), energies, materialize_grads=True)[0].movedim(axis, -1).double()
-    responsibilities = responsibilities.detach().movedim(axis, -1).double()
+    (gradient,) = torch.autograd.grad(posterior.free_energy.sum(), posterior.energies, materialize_grads=True)
+    gradient = gradient.movedim(axis, -1).double()
+    responsibilities = posterior.responsibilities.detach().movedim(axis, -1).double()
     total = responsibilities.sum(-1)
     unmasked = total.isfinite() & (total > 0)
     if not unmasked.any():

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from em_lightning.mixture import Mixture, em_step
 from em_lightning.operators import EMOperator
 from em_lightning.studies.density_fits import TRAINED
 from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.studies.report import Findings, Report, batches_on
+from em_lightning.studies.report import Findings, Report
 
 ORACLE = "oracle"
 # Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 minus the log-likelihood of the paper's true mixtures.
@@ -44,7 +45,7 @@ class ClusteringReport(Report):
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         data: MixtureSets = trainer.datamodule
-        batches = batches_on(module.device, data.test_dataloader())
+        batches = move_data_to_device(list(data.test_dataloader()), module.device)
         fits: dict[str, FitFunction] = {ORACLE: lambda batch: batch.truth}
         if self.classical:
             fits |= _classical_fits(data, module.operator)

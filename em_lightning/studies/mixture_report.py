@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from em_lightning.mixture import Mixture
 from em_lightning.plots import mixture_grid
 from em_lightning.studies.density_fits import TRAINED, Clouds, Result, compare_fits, em_operator, sklearn_mixtures
 from em_lightning.studies.page import scene, write_page
-from em_lightning.studies.report import Findings, Report, batches_on, curves
+from em_lightning.studies.report import Findings, Report, curves
 
 Results = Mapping[int, Mapping[str, Result]]  # by size, then by method
 
@@ -46,7 +47,8 @@ class MixtureReport(Report):
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)
-        val, test = (batches_on(module.device, loader) for loader in (data.val_dataloader(), data.test_dataloader()))
+        batches = [list(loader) for loader in (data.val_dataloader(), data.test_dataloader())]
+        val, test = move_data_to_device(batches, module.device)
         results: dict[int, dict[str, Result]] = {}
         test_clouds: dict[int, Any] = {size: clouds_of(test, size) for size in self.sizes}
         for size, clouds in test_clouds.items():

@@ -45,6 +45,4 @@ def scene(title: str, points: Tensor, held_out: Tensor, methods: Mapping[str, Se
 
 def _rounded(values: Tensor) -> Any:
     """Return a tensor as nested lists of numbers with four decimals, for a small file."""
-    if values.ndim:
-        return [_rounded(part) for part in values.detach().cpu()]
-    return round(float(values), 4)
+    return values.detach().cpu().double().round(decimals=4).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,11 +113,6 @@ def folder_of(trainer: Any) -> Path:
     if logger is None or getattr(logger, "log_dir", None):
         return Path(trainer.default_root_dir if logger is None else logger.log_dir)
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
-
-
-def batches_on(device: torch.device, loader: Iterable[Any]) -> list[Any]:
-    """Return the batches of a loader, each a named tuple of tensors, on a device."""
-    return [type(batch)(*(part.to(device) for part in batch)) for batch in loader]
 
 
 @figure_style()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from em_lightning.data import TabularDataModule
+from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
-from em_lightning.operators import EMOperator
+from em_lightning.modules.gaussian_mixture import initial_mixture
 from em_lightning.plots import mixture_grid
 from em_lightning.studies.density_fits import fit_sklearn
 from em_lightning.studies.gaussian_blobs import GaussianBlobs
@@ -29,7 +30,7 @@ class SelectionReport(Report):
     number of components) and ``training``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
-        components: further numbers of components, fitted by EM with the same ``init``.
+        components: further numbers of components, fitted by EM with the same ``init`` and ``num_starts``.
         max_iters: maximum number of iterations of each of these fits and of scikit-learn's.
         sklearn_rows: largest number of unweighted rows to which scikit-learn's mixture is fitted; 0 never fits it.
     """
@@ -91,15 +92,11 @@ class SelectionReport(Report):
     def _em(self, num_components: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         """Return the row of EM with another number of components."""
         blocks = data.blocks(whole=True)
-        points, weights = blocks.sample(module.sample_size, module.seed)
-        init, floor = module.hparams["init"], module.covariance_floor
-        seed = None if init == "farthest" else module.seed  # farthest points are not random
-        options = {"init": init, "seed": seed, "covariance_floor": floor, "residual": False}
-        operator = EMOperator(num_components, data.num_features, covariance=module.covariance, **options)
+        rows = blocks.sample(module.sample_size, module.seed)
         began = time.perf_counter()
-        sample_weights = None if weights is None else weights[None].double()
-        start = operator(points[None].double(), weights=sample_weights, num_iters=0)
-        fit = fit_blocks(lambda: blocks, start, max_iters=self.max_iters, tol=module.tol, floor=floor)
+        start, _, _ = initial_mixture(rows, module.make_operator(num_components=num_components))
+        options = {"max_iters": self.max_iters, "tol": module.tol, "floor": module.covariance_floor}
+        fit = fit_blocks(lambda: blocks, start, **options)
         return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
 
     def _sklearn(self, module: Any, data: TabularDataModule) -> dict[str, Any]:
@@ -137,15 +134,12 @@ def _row(
     }
 
 
-def _log_likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> tuple[float, float]:
+def _log_likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> list[float]:
     """Return the weighted sum of the log-likelihoods of all rows of a split, and the sum of the weights."""
-    total = mass = 0.0
+    metric = MixtureLogLikelihood()
     for points, weights in data.blocks(split, whole=True):
-        log_prob = mixture.log_prob(points[None])[0].double()
-        weights = torch.ones_like(log_prob) if weights is None else weights.double()
-        total += float(weights @ log_prob)
-        mass += float(weights.sum())
-    return total, mass
+        metric.update(mixture.log_prob(points[None])[0], weights=weights)
+    return metric.sums[:2].tolist()
 
 
 def _picture(mixture: Mixture, data: TabularDataModule) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
@@ -36,15 +34,9 @@ _STYLE: Any = {
     "savefig.dpi": 150,
 }
 
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
-
-    matplotlib reads the style when it creates titles and legends, so decorate the whole function that draws.
-    """
-    with matplotlib.rc_context(_STYLE):
-        yield
+# Sets matplotlib's parameters to the library's style for a ``with`` block or a decorated function. matplotlib reads the
+# style when it creates titles and legends, so decorate the whole function that draws.
+figure_style = partial(matplotlib.rc_context, _STYLE)
 
 
 @figure_style()
@@ -64,7 +56,6 @@ def new_figure(
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
     for unused in axes[count:]:
         unused.remove()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import Twin, guard, is_equal_copy, unchanged_twins
+from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, unchanged_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
@@ -34,6 +34,7 @@ class Change(NamedTuple):
     new: nn.Module
     added: nn.Module  # new itself, or the operator in it: the module that was built, or a PerCall of several
     entry: dict[str, Any]  # the change's entry in the plan
+    make: Make  # which built ``modules``
 
     @property
     def path(self) -> str:
@@ -281,10 +282,13 @@ def change_sites(
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
     twins = unchanged_twins(surgery.model, sites)
-    surgery.undos += [guard(surgery.model, twin) for twin in twins]
+    for twin in twins:
+        copied, hook = surgery.model.get_submodule(twin.copy), functools.partial(refuse_original, twin)
+        surgery.undos.append(copied.register_load_state_dict_post_hook(hook).remove)
     surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
+        make = functools.partial(make) if isinstance(make, type) else make  # without arguments
         counter = CallCounter(site.path, num_modules, _refuse_sharing)
         added = built = _build(site, make)
         if num_modules > 1:
@@ -310,7 +314,7 @@ def change_sites(
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
-        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
+        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry, make))
         after_change(site, surgery.changes[-1])
     return surgery
 
@@ -321,7 +325,7 @@ def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
         torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
         if isinstance(make, nn.Module):
             module: Any = copy.deepcopy(make)
-        elif isinstance(make, type) or (isinstance(make, functools.partial) and isinstance(make.func, type)):
+        elif isinstance(make, functools.partial) and isinstance(make.func, type):
             module = make()
         else:
             module = make(site.module)

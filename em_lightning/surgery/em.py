@@ -63,7 +63,7 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation_maker(activation, dim, arguments)
-    after_change = functools.partial(watch_first_call, surgery, make=make, verbose=verbose)
+    after_change = functools.partial(watch_first_call, surgery, verbose=verbose)
     try:
         sites = surgery.find(where, target)
     except NoMatchError as error:
@@ -178,32 +178,21 @@ def insert_em_operators(
     def after_change(site: Site, change: Change) -> None:
         for module in change.modules:
             module.width_is_given = num_features is not None
-        make = functools.partial(SetRefinement, **given)  # never called: own_dim reads from it whether dim is given
-        watch_first_call(surgery, site, change, make, verbose)
+        watch_first_call(surgery, site, change, verbose)
 
     change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, after_change)
     return surgery.warn_of_copies() if into is None else surgery
 
 
-def own_dim(module: Any, make: Make) -> int | Literal["auto"] | None:
-    """Return the axis along which the units of a module compete, or None if they do not.
-
-    The axis is "auto" if ``make``, from which the module was made, is a class or a partial without ``dim``; otherwise
-    it is that of the module, such as of an instance that is copied.
-    """
-    if "dim" not in inspect.signature(type(module)).parameters or not getattr(module, "competes", True):
-        return None
-    is_open = isinstance(make, type) or (isinstance(make, functools.partial) and "dim" not in make.keywords)
-    return "auto" if is_open else module.dim
-
-
-def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
+def watch_first_call(surgery: Surgery, site: Site, change: Change, verbose: bool = False) -> None:
     """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
+    make = change.make
+    # A class without the argument dim leaves the axis open. Otherwise it is that of the module, such as of a copy.
+    is_open = isinstance(make, functools.partial) and "dim" not in make.keywords
     for module in change.modules:
         axis = None  # stays so if the units do not compete
-        dim = own_dim(module, make)
-        if dim is not None:
-            axis = unit_axis(site, dim)
+        if "dim" in inspect.signature(type(module)).parameters and getattr(module, "competes", True):
+            axis = unit_axis(site, "auto" if is_open else module.dim)
             if isinstance(module, SetRefinement):
                 others = () if module.width_is_given else axis.widths
                 axis.widths = (module.operator.num_features, *others)  # candidates; first the one it was built for

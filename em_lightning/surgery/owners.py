@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from em_lightning.surgery.hooks import Undo
 from em_lightning.surgery.select import MARKER, Site, is_built
 
 
@@ -108,12 +106,8 @@ def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
     return [twin for path in changed for twin in twins_of(model, path) if twin.counterpart not in changed]
 
 
-def guard(model: nn.Module, twin: Twin) -> Undo:
-    """Make a twin raise if it loads the weights of its changed original; return the function that removes this."""
-    return model.get_submodule(twin.copy).register_load_state_dict_post_hook(functools.partial(_refuse, twin)).remove
-
-
-def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
+def refuse_original(twin: Twin, module: nn.Module, keys: Any) -> None:
+    """Hook of a twin's ``load_state_dict``: raise ValueError if the weights are those of its changed original."""
     beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
     if any(key.startswith(beginning) and key.endswith(MARKER) for key in keys.unexpected_keys):
         raise ValueError(

@@ -106,8 +106,6 @@ def use_axes(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:
 
 def arguments_of(make: Any) -> dict[str, Any] | None:
     """Return the constructor arguments that a plan stores, or None if only ``make`` itself can build the module."""
-    if isinstance(make, type):
-        return {}
     if not (isinstance(make, functools.partial) and isinstance(make.func, type)) or make.args:
         return None
     with contextlib.suppress(TypeError, ValueError):

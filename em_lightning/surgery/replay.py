@@ -69,13 +69,11 @@ def _limited_memory() -> Iterator[None]:
                 f"the plan builds over {_MAX_ELEMENTS:,} elements, counting {_PER_OBJECT:,} per module and tensor"
             )
 
-    kinds = ("parameter", "buffer", "module")
-    hooks = [getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for kind in ("parameter", "buffer", "module"):
+            register = getattr(nn.modules.module, f"register_module_{kind}_registration_hook")
+            hooks.enter_context(register(count))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _check_numbers(arguments: Any) -> None:
@@ -100,7 +98,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     make = functools.partial(cls, **entry["init_args"])
 
     def after_change(site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, make)
+        watch_first_call(surgery, site, change)
         use_axes(change.entry, entry)
 
     if entry["operation"] == "functional":

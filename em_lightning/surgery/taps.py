@@ -117,11 +117,9 @@ class Taps:
         return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
     def _capture_input(self, path: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if inputs:
-            passed = self._capture(path, inputs)
-            return None if passed is None else (passed, kwargs)
-        passed = self._capture(path, tuple(kwargs.values()))
-        return None if passed is None else ((), dict(zip(kwargs, passed, strict=True)))
+        passed = self._capture(path, (*inputs, *kwargs.values()))
+        num_inputs = len(inputs)
+        return None if passed is None else (passed[:num_inputs], dict(zip(kwargs, passed[num_inputs:], strict=True)))
 
     def _capture(self, path: str, value: Any) -> Any:
         """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""

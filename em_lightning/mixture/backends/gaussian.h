@@ -3,6 +3,8 @@
 // Triangles and symmetric matrices of D features are stored as D x D numbers. kSize is D where it is known to the
 // compiler, otherwise 0.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,9 +33,9 @@ inline double average_square(const double* mean, int64_t D) {
 }
 
 // The smallest variance distinguishable from round-off, as smallest_pivots in covariance/cholesky.py.
-inline double smallest_variance(double variance, double mean_square) {
+inline double smallest_variance(double second_moment) {
   constexpr double least = kEpsilon * kEpsilon * kEpsilon * kEpsilon;
-  return std::max(4.0 * kEpsilon * (std::abs(variance) + mean_square), least);
+  return std::max(4.0 * kEpsilon * second_moment, least);
 }
 
 // Writes the factor L and its inverse W of the lower triangle of a matrix. Pivots, the squared diagonal entries of L,
@@ -49,6 +51,7 @@ void factorize(const double* matrix, const double* least, int64_t num_features, 
       double entry = matrix[i * D + j];
       for (int64_t q = 0; q < j; ++q) entry -= l[i * D + q] * l[j * D + q];
       entry *= w[j * D + j];
+      // Squares, to take a root only where an entry is bounded.
       if (entry * entry > kBound * kBound * bound) entry = std::copysign(kBound * std::sqrt(bound), entry);
       l[i * D + j] = entry;
       pivot -= entry * entry;
@@ -101,7 +104,7 @@ inline void estimate(int64_t kind, int64_t D, double N, const double* first, con
   for (int64_t i = 0; i < num_second(kind, D); ++i) {
     const double square = kind == kDiagonal ? mean[i] * mean[i] : average_square(mean, D);
     const double variance = (second[i] / (kind == kDiagonal ? 1 : D) - N * square) / mass;
-    const double least = smallest_variance(variance, square);
+    const double least = smallest_variance(std::abs(variance) + square);  // round-off may make variances negative
     covariance[i] = variance + floor < least ? least : variance + floor;
   }
 }

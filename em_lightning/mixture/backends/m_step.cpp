@@ -43,7 +43,7 @@ void differentiate(const Problem& p, int64_t component, double floor, double com
     for (int64_t i = 0; i < S; ++i) {
       const double square = p.kind == gaussian::kDiagonal ? mean[i] * mean[i] : gaussian::average_square(mean, D);
       const double variance = (second[i] / shared - N * square) / mass;
-      const bool raised = variance + floor < gaussian::smallest_variance(variance, square);
+      const bool raised = variance + floor < gaussian::smallest_variance(std::abs(variance) + square);
       const double of_scatter = raised ? 0.0 : grad[i] / mass;  // of the average over the features that share it
       grad_second[i] = of_scatter / shared;
       grad_mass -= of_scatter * (square + variance);

@@ -222,15 +222,15 @@ class Worker {
     }
   }
 
-  // Writes the parameters of the M-step from the sums of the set.
+  // Writes the parameters of the M-step from the sums of the set. A covariance has as many entries as its factor.
   void maximize() const {
-    const int64_t D = p.features, size = factor_size(D);
+    const int64_t features = p.features, size = factor_size(features);
     const double* sums_of_set = p.sums + set * K * M;
     for (int64_t k = 0; k < K; ++k) {
       const double* own = sums_of_set + k * M;
       const int64_t row = set * K + k;
-      gaussian::estimate(KIND, D, own[0], own + 1, own + 1 + D, p.floor[set], p.next_means + row * D,
-                         p.next_covariances + row * size);
+      gaussian::estimate(KIND, features, own[0], own + 1, own + 1 + features, p.floor[set],
+                         p.next_means + row * features, p.next_covariances + row * size);
     }
     gaussian::estimate_weights(K, sums_of_set, M, p.next_log_weights + set * K);
   }
@@ -369,9 +369,9 @@ class Worker {
 
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With covariances it also writes the
-// parameters of the M-step. With grad_density it writes instead of
-// the sums the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
+// Writes sums (B, K, M) and log-likelihoods (B,), or log-densities (B, N); with covariances also the parameters of the
+// M-step. With grad_density it writes instead of the sums the gradients of peak, mean and W, and grad_x (B, D, N) and
+// grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;
   const int64_t size = p.components * num_sums(p.features) + 1;

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from em_lightning.mixture.backends.compiler import load, structure
-from em_lightning.mixture.backends.reference import have_memory
+from em_lightning.mixture.backends.reference import are_plain
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diag": 1, "spherical": 2}
@@ -82,7 +81,7 @@ def serves(x: Tensor, family: Any, others: Sequence[Tensor | None] = ()) -> bool
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "triton":
-        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *others)
+        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and are_plain(x, *others)
     if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *others):
         return False
     if _chosen == "native":
@@ -91,9 +90,9 @@ def serves(x: Tensor, family: Any, others: Sequence[Tensor | None] = ()) -> bool
 
 
 def serves_step(x: Tensor, family: Any, others: Sequence[Tensor | None]) -> bool:
-    """Return whether C++ computes a whole EM step of points x, for a call in which nothing needs a gradient."""
+    """Return whether C++ computes a whole EM step: if it serves the points, and no derivative is wanted."""
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *others)) and torch.is_grad_enabled()
-    wanted = wanted or _is_exporting()  # a later call of the program may need one
+    wanted = wanted or _is_exporting()  # a later call of the program may want one
     return not wanted and not _is_for_triton(x) and serves(x, family, others)
 
 
@@ -123,8 +122,7 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
         return _chosen == "native" or not _is_exporting()
-    tensors = [part for part in (tensor, *others) if part is not None]  # neither of jvp nor of torch.func
-    return all(forward_ad.unpack_dual(part).tangent is None for part in tensors) and have_memory(*tensors)
+    return are_plain(tensor, *others)
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -144,7 +142,8 @@ _ARGUMENTS = (
 )
 _THREE = "(Tensor, Tensor, Tensor)"  # results
 _X, _MEANS = 0, 2  # positions of arguments
-_PARAMETERS = "log_weights", "covariances", "floor", "next_log_weights", "next_means", "next_covariances"  # of em_step
+# Of em_step, in the order of ``Problem`` in native.cpp.
+_PARAMETERS = "log_weights", "covariances", "floor", "next_log_weights", "next_means", "next_covariances"
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the second only
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
@@ -171,6 +170,7 @@ def em_step(*arguments: Any) -> tuple[Tensor, ...]:
     results = sums, log_likelihood, *after = _empty_step(*arguments)
     parameters = dict(zip(_PARAMETERS, (log_weights, covariances, floor, *after), strict=True))
     requested = log_likelihood if with_log_likelihood else None
+    # W, peak and L follow from the covariances.
     _run(kind, [x, weights, means, None, None, None, *frame], sums=sums, log_likelihood=requested, **parameters)
     return results
 

@@ -24,7 +24,7 @@ inline double factorize_covariance(const double* variances, const double* mu, in
   double log_det = 0.0;
   for (int64_t i = 0; i < factor_size(features); ++i) {
     const double square = kDiagonal ? mu[i] * mu[i] : gaussian::average_square(mu, features);
-    l[i] = std::sqrt(std::max(variances[i], gaussian::smallest_variance(variances[i], square)));
+    l[i] = std::sqrt(std::max(variances[i], gaussian::smallest_variance(variances[i] + square)));
     w[i] = 1.0 / l[i];
     log_det += std::log(w[i]);
   }

@@ -27,14 +27,11 @@ inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i;
 // Writes L and W of a covariance, and returns log det W.
 inline double factorize_covariance(const double* covariance, const double* mu, int64_t, double* l, double* w) {
   double least[D], log_det = 0.0, product = 1.0;
-  for (int i = 0; i < D; ++i) least[i] = gaussian::smallest_variance(covariance[i * D + i], mu[i] * mu[i]);
-  gaussian::factorize<D <= 6 ? D : 0>(covariance, least, D, l, w);
-  for (int i = 0; i < D; ++i) {
-    product *= w[i * D + i];
-    if (i % 3 < 2 && i < D - 1) continue;
-    log_det += std::log(product);  // a logarithm takes as long as a factor of three features
-    product = 1.0;
-  }
+  for (int i = 0; i < D; ++i) least[i] = gaussian::smallest_variance(covariance[i * D + i] + mu[i] * mu[i]);
+  gaussian::factorize<D <= 6 ? D : 0>(covariance, least, D, l, w);  // longer loops are not unrolled
+  for (int i = 0; i < D; ++i) product *= w[i * D + i];
+  if (D <= 6 && std::isnormal(product)) return std::log(product);  // one logarithm, as each takes as long as a row of W
+  for (int i = 0; i < D; ++i) log_det += std::log(w[i * D + i]);
   return log_det;
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 # Numbers per intermediate result of a block on a CPU (1 MiB in float64, about the second-level cache of a core), and on
@@ -87,12 +88,17 @@ def _recomputed(function: BlockFunction, *arguments: slice | Tensor | None) -> t
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def have_memory(*tensors: Tensor | None) -> bool:
+def have_memory(*tensors: Tensor) -> bool:
     """Return whether all tensors have memory of their own, unlike those of torch.func's transforms and of tracers."""
     try:
         for tensor in tensors:
-            if tensor is not None:
-                tensor.data_ptr()
+            tensor.data_ptr()
     except RuntimeError:
         return False
     return True
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Return whether all tensors that are not None have memory, and no tangent of forward-mode derivatives."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return have_memory(*given) and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in given)

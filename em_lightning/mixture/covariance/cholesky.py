@@ -30,15 +30,20 @@ def smallest_pivots(second_moments: Tensor) -> Tensor:
     return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
 
 
+def is_factorized_natively(matrix: Tensor) -> bool:
+    """Return whether the native backend computes Cholesky factors of matrices (..., D, D)."""
+    # It is faster than LAPACK for at most 4 features, as its loops are unrolled, or for many components.
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS
+    return native.serves_components("cholesky.cpp", matrix, is_faster)
+
+
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     """Return the lower Cholesky factor of symmetric matrices (..., D, D) and its inverse.
 
     If round-off made a matrix indefinite, it is replaced by a definite one; ``pivots`` (..., D) are the smallest
     pivots that are distinguishable from round-off.
     """
-    # The C++ code is faster than LAPACK for at most 4 features, as its loops are unrolled, or for many components.
-    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS
-    if native.serves_components("cholesky.cpp", matrix, is_faster):
+    if is_factorized_natively(matrix):
         return Factor(*native.cholesky(matrix, pivots))
     return _cholesky_in_torch(matrix, pivots)
 

@@ -58,7 +58,7 @@ class FullCovariance:
     name = "full"
     # W = L^-1 in C++ and Triton: a triangle ("full"), diagonal ("diag") or number ("spherical"); None: not supported.
     native_kind: str | None = "full"
-    native_m_step = True  # whether the M-step is in C++: separate covariances, estimated from the sums alone
+    native_m_step = True  # whether each component has its own covariance, which follows from its sums
     # Number of leading axes of size 1 that covariances have in a mixture of one set, but not in scikit-learn.
     sklearn_axes = 1
 
