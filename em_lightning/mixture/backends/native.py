@@ -112,9 +112,9 @@ def _triton(name: str = "triton") -> Any:
 
 def triton_start(family: Any, x: Tensor, weights: Tensor | None = None) -> Any:
     """Return the module of Triton kernels for a start of points (B, D, N); None if they do not serve it."""
-    tensors = [x] if weights is None else [x, weights]  # the kernels have no derivatives
-    is_constant = not any(each.requires_grad or forward_ad.unpack_dual(each).tangent is not None for each in tensors)
-    return _triton("triton_start") if _chosen == "triton" and is_constant and serves(x, family, tensors) else None
+    is_constant = not (x.requires_grad or (weights is not None and weights.requires_grad))  # kernels have no gradient
+    served = _chosen == "triton" and is_constant and serves(x, family, [weights])
+    return _triton("triton_start") if served else None
 
 
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
