@@ -13,6 +13,7 @@ from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
 from em_lightning.mixture.backends import native, use_backend
 from em_lightning.mixture.backends.compiler import load
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, smallest_pivots
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics
 from em_lightning.mixture.em import em_step, iteration
@@ -330,6 +331,22 @@ def test_a_step_gives_the_same_with_and_without_gradients_for_any_covariances(ki
     for own, other in zip(whole.parameters(), separate.parameters(), strict=True):
         assert own.isfinite().all()
         torch.testing.assert_close(own, other.detach(), rtol=1e-7, atol=1e-9)
+
+
+@needs_compiler
+def test_a_step_with_a_background_in_its_likelihood_is_not_a_whole_one():
+    x, parameters = problem(torch.float64)
+    covariance = COVARIANCES["full"]
+    with use_backend("native"):
+        points = prepare(x, covariance.features)
+        terms = UniformBackground(weight=0.3).terms(points, parameters.log_weights)
+        likelihood, floor = Likelihood(covariance, background=terms), points.floor(1e-3)
+        after, _ = iteration(points, parameters, likelihood, floor)
+        statistics = e_step(points, parameters, likelihood)
+        expected = m_step(statistics, covariance, floor, parameters.covariances)
+    for own, other in zip(after, expected, strict=True):
+        torch.testing.assert_close(own, other)
+    assert float(statistics.background_mass.min()) > 1.0
 
 
 @needs_compiler

@@ -82,8 +82,8 @@ def iteration(
     others = prior, background, respond, likelihood.kernel, likelihood.background
     plain = family.native_m_step and not is_tempered(temperature) and all(part is None for part in others)
     # A whole step has the factors of C++ only: for equal results of singular covariances, separate ones must have them.
-    same_factors = family.native_kind != "full" or is_factorized_natively(covariances)
-    if plain and same_factors and native.serves_step(points.x, family, tensors):
+    plain = plain and (family.native_kind != "full" or is_factorized_natively(covariances))
+    if plain and native.serves_step(points.x, family, tensors):
         arguments = points.x, *tensors, *points.frame, floor, family.native_kind, with_log_likelihood
         sums, log_likelihood, *after = native.em_step(*arguments)
         return Parameters(*after), statistics_of_sums(points, sums, log_likelihood)
