@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
-from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.backends import compiler, native, use_backend
 from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, smallest_pivots
@@ -573,6 +573,21 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
         assert not native.serves(torch.randn(1, 3, 5000), COVARIANCES["full"])
     finally:
         load.cache_clear()
+
+
+@needs_compiler
+def test_torch_compile_compiles_the_sources_that_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # an empty cache
+    load.cache_clear(), compiler._cache_folder.cache_clear()
+    operator, x = EMOperator(2, 3, num_iters=1, covariance="diag"), torch.randn(2, 9, 3)
+    try:
+        with use_backend("native"), torch.no_grad():
+            found = torch.compile(operator, fullgraph=True, backend="eager")(x)
+    finally:
+        load.cache_clear(), compiler._cache_folder.cache_clear()
+        torch._dynamo.reset()
+    assert len(list((tmp_path / "em_lightning").glob("native_*"))) == 2  # one that use_backend tries, one for "diag"
+    torch.testing.assert_close(found.means, operator(x).means)
 
 
 @needs_compiler

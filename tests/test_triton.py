@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from em_lightning import EMOperator
 from em_lightning.mixture import Mixture, em_step, farthest_points, kmeans_plus_plus
-from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.backends import use_backend
+from em_lightning.mixture.e_step import _e_step_in_torch, _joint_in_torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip("em_lightning.mixture.backends.triton")
@@ -64,10 +65,10 @@ def test_sums_and_gradients_are_those_of_torch(kind, sets, features, items, comp
     double = [part.requires_grad_() if i < 3 else part for i, part in enumerate(others)]
     double_x = x.double().requires_grad_()
     double_weights = None if weights is None else weights.clone().requires_grad_()
-    sums, log_likelihood = native._e_step_in_torch(double_x, double_weights, *double, True)
+    sums, log_likelihood = _e_step_in_torch(double_x, double_weights, *double, True)
     with torch.no_grad():
         assert_near(kernels.e_step(x, weights, *others, True), (sums, log_likelihood))
-        expected = native._joint_in_torch(double_x, None, *double)[1].logsumexp(1)
+        expected = _joint_in_torch(double_x, None, *double)[1].logsumexp(1)
         assert_near([kernels.log_density(x, None, *others)], [expected])
     grads, outer = torch.randn_like(sums), torch.randn(sets, 1, **DOUBLE)
     inputs = [double_x, *([] if weights is None else [double_weights]), *double[:3]]

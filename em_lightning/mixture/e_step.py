@@ -10,8 +10,8 @@ from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.covariance import Covariance, half_log_two_pi
-from em_lightning.mixture.points import Parameters, Points
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, half_log_two_pi
+from em_lightning.mixture.points import Frame, Parameters, Points
 
 
 class BackgroundTerms(NamedTuple):
@@ -216,3 +216,28 @@ def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:
         return joint
     background_joint, _log_weight, log_rest = (part[:, None, None] for part in background)
     return torch.cat([joint + log_rest, background_joint.expand(-1, 1, joint.shape[-1])], 1)
+
+
+def _e_step_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute :func:`.native.e_step` by torch operations, which have derivatives of every order."""
+    z, joint = _joint_in_torch(*arguments)
+    _, weights, *_, kind, with_log_likelihood = arguments
+    responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
+    if weights is not None:
+        responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
+    return responsibilities @ COVARIANCES[kind].features(z).mT, log_density.sum(-1) * with_log_likelihood
+
+
+def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return coordinates (B, D, N) and joint log-densities (B, K, N)."""
+    x, _weights, means, inverse, peak, _scale, center, unit, kind, *_ = arguments
+    z = Frame(center, unit).enter(x.to(center.dtype))
+    difference = z.unsqueeze(1) - means.unsqueeze(-1)
+    y = inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
+    return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
+
+
+native.register_gradient(native.e_step, native.e_step_backward, _e_step_in_torch)
+native.register_gradient(
+    native.log_density, native.log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1)
+)

@@ -40,7 +40,7 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
     first = _lower_distances(no_center, points, mean.unsqueeze(-1)).argmax(-1)
-    if kernels := native.triton_start(COVARIANCES["diag"], points):
+    if kernels := native.triton_start(points, COVARIANCES["diag"]):
         return _pick(points, kernels.choose_centers(points, no_center, first, num_components)).mT
     centers, distances = [_pick(points, first)], no_center
     for _ in range(num_components - 1):
@@ -70,7 +70,7 @@ def kmeans_plus_plus(
         total = cumulative_sum(potential.double(), -1)
         thresholds = numbers * total[:, -1:]  # below the total even after rounding, as numbers are at most 1 - 1e-15
         rows = torch.searchsorted(total, thresholds, right=True).clamp(max=x.shape[1] - 1)
-        if not centers and (kernels := native.triton_start(COVARIANCES["diag"], points)):
+        if not centers and (kernels := native.triton_start(points, COVARIANCES["diag"])):
             rows = kernels.choose_centers(points, distances, rows[:, :1], num_components, weights, uniform)
             return _pick(points, rows).mT
         candidates = _pick(points, rows if centers else rows[:, :1])
@@ -118,7 +118,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     """
     num_components, num_features = centers.shape[1:]
     unrestricted, is_shared = covariance.unrestricted, covariance.sharing(num_components) > 1
-    kernels = None if is_shared else native.triton_start(unrestricted, points.x, points.weights)
+    kernels = None if is_shared else native.triton_start(points.x, unrestricted, points.weights)
     if kernels:
         log_weights, means, found = kernels.parameters_of_cells(points, centers, floor, _CORE, unrestricted.native_kind)
         return Parameters(log_weights, means, covariance.from_public(found))

@@ -57,7 +57,8 @@ class use_backend:
         if name not in ("auto", "reference", "native", "triton"):
             raise ValueError(f"name={name!r} must be 'auto', 'reference', 'native' or 'triton'")
         if name == "native":
-            _require("spherical", num_features=0, dtype=torch.float32)  # other libraries are compiled when needed
+            # Other libraries are compiled when needed.
+            _is_available("native.cpp", *_variant("spherical", num_features=0, dtype=torch.float32), required=True)
         if name == "triton":
             try:
                 _triton()
@@ -84,16 +85,24 @@ def serves(x: Tensor, family: Any, others: Sequence[Tensor | None] = ()) -> bool
         return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and are_plain(x, *others)
     if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *others):
         return False
-    if _chosen == "native":
-        _require(kind, x.shape[1], x.dtype)
-    return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
+    return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype), required=_chosen == "native")
 
 
 def serves_step(x: Tensor, family: Any, others: Sequence[Tensor | None]) -> bool:
     """Return whether C++ computes a whole EM step: if it serves the points, and no derivative is wanted."""
-    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *others)) and torch.is_grad_enabled()
-    wanted = wanted or _is_exporting()  # a later call of the program may want one
-    return not wanted and not _is_for_triton(x) and serves(x, family, others)
+    return not _is_for_triton(x) and serves(x, family, others) and _is_constant(x, *others)
+
+
+def triton_start(x: Tensor, family: Any, weights: Tensor | None = None) -> Any:
+    """Return the module of Triton kernels for a start of points (B, D, N); ``None`` if they do not serve it."""
+    served = _chosen == "triton" and serves(x, family, [weights]) and _is_constant(x, weights)
+    return importlib.import_module("em_lightning.mixture.backends.triton_start") if served else None
+
+
+def _is_constant(*tensors: Tensor | None) -> bool:
+    """Return whether no derivative is wanted, now or in a later call of an exported program."""
+    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in tensors)
+    return not wanted and not _is_exporting()
 
 
 def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
@@ -106,15 +115,8 @@ def _is_for_triton(x: Tensor) -> bool:
     return _chosen == "triton" or x.device.type == "cuda"
 
 
-def _triton(name: str = "triton") -> Any:
-    return importlib.import_module(f"em_lightning.mixture.backends.{name}")
-
-
-def triton_start(family: Any, x: Tensor, weights: Tensor | None = None) -> Any:
-    """Return the module of Triton kernels for a start of points (B, D, N); None if they do not serve it."""
-    is_constant = not (x.requires_grad or (weights is not None and weights.requires_grad))  # kernels have no gradient
-    served = _chosen == "triton" and is_constant and serves(x, family, [weights])
-    return _triton("triton_start") if served else None
+def _triton() -> Any:
+    return importlib.import_module("em_lightning.mixture.backends.triton")
 
 
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
@@ -222,35 +224,14 @@ def _empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return means.new_empty(*means.shape[:2], size), x.new_empty(x.shape), means.new_empty(x[:, 0].shape)
 
 
-def _e_step_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute :func:`e_step` by torch operations, which have derivatives of every order."""
-    z, joint = _joint_in_torch(*arguments)
-    _, weights, *_, kind, with_log_likelihood = arguments
-    responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
-    if weights is not None:
-        responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
-    pairs = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])] if kind == "full" else [z.square()]
-    second = torch.cat(pairs, 1)
-    second = second.sum(1, keepdim=True) if kind == "spherical" else second
-    features = torch.cat([torch.ones_like(z[:, :1]), z, second], 1)
-    return responsibilities @ features.mT, log_density.sum(-1) * with_log_likelihood
-
-
-def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return coordinates (B, D, N) and joint log-densities (B, K, N)."""
-    x, _weights, means, inverse, peak, _scale, center, unit, kind, *_ = arguments
-    z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
-    difference = z.unsqueeze(1) - means.unsqueeze(-1)
-    y = inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
-    return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
-
-
-def _e_step_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+def e_step_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of :func:`e_step`, see :func:`register_gradient`."""
     *inputs, with_log_likelihood, _outputs, (grad_sums, grad_log_likelihood) = arguments
     return _backward(inputs, grad_sums, grad_log_likelihood.unsqueeze(-1) * with_log_likelihood)
 
 
-def _log_density_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+def log_density_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of :func:`log_density`, see :func:`register_gradient`."""
     *inputs, _outputs, (grad_log_density,) = arguments
     return _backward(inputs, None, grad_log_density)
 
@@ -294,8 +275,6 @@ e_step.register_fake(_empty_statistics)
 log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
 em_step.register_fake(_empty_step)
 e_step_gradient.register_fake(_empty_gradients)
-register_gradient(e_step, _e_step_backward, _e_step_in_torch)
-register_gradient(log_density, _log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1))
 
 
 def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **others: Tensor | None) -> None:
@@ -393,12 +372,9 @@ def _variant(kind: str, num_features: int, dtype: torch.dtype) -> tuple[str, ...
     return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={num_features if kind == 'full' else 0}"
 
 
-def _require(kind: str, num_features: int, dtype: torch.dtype) -> None:
-    library, message = load("native.cpp", *_variant(kind, num_features, dtype))
-    if library is None:
-        raise RuntimeError(f"the native backend cannot be compiled: {message}")
-
-
 @torch.compiler.assume_constant_result
-def _is_available(*source: str) -> bool:
-    return load(*source)[0] is not None
+def _is_available(*source: str, required: bool = False) -> bool:
+    library, message = load(*source)
+    if library is None and required:
+        raise RuntimeError(f"the native backend cannot be compiled: {message}")
+    return library is not None
