@@ -92,6 +92,9 @@ class Recipe:
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
         log.addFilter(lambda record: not any(word in record.getMessage() for word in _HIDDEN_WORDS))
+        for entry in StrategyRegistry.values():  # "ddp" and its variants, one of which "auto" may choose
+            if entry["strategy"] is DDPStrategy:
+                entry["strategy"] = WatchedDDPStrategy
         return RecipeCLI(self, args)
 
 
@@ -161,7 +164,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """Return the trainer: by default a progress bar in terminals only, a timeout of DDP, atomic checkpoints."""
+        """Return the trainer, with a progress bar in terminals only, unless configured, and atomic checkpoints."""
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")  # with it, Lightning would raise
         settings = self.config_init.trainer
@@ -175,13 +178,7 @@ class RecipeCLI(LightningCLI):
             elif settings.enable_progress_bar is None:
                 settings.enable_progress_bar = False
         try:
-            settings.callbacks = list(callbacks)  # Lightning adds its own to the list
-            trainer = super().instantiate_trainer(**options)  # decides what the strategy "auto" is
-            if isinstance(trainer.strategy, DDPStrategy) and isinstance(settings.strategy, str):
-                name = "ddp" if settings.strategy == "auto" else settings.strategy
-                settings.strategy = WatchedDDPStrategy(**StrategyRegistry[name]["init_params"])
-                settings.callbacks = list(callbacks)
-                trainer = super().instantiate_trainer(**options)  # again, with a timeout
+            trainer = super().instantiate_trainer(callbacks=list(callbacks), **options)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
