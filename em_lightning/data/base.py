@@ -75,6 +75,10 @@ class SplitDataModule(lightning.LightningDataModule):
         """Return one line that describes the data."""
         return self.source
 
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data, which otherwise are loaded when they are first used."""
+        self.describe()
+
     def train_dataloader(self) -> Any:
         return self.loader("train")
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -257,14 +258,12 @@ class TabularDataModule(SplitDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tables: dict[str, Table] = {}
         if self.held_out is None:
             # Lightning skips validation if the method is its own, but warns of an empty list of loaders.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.tables:
-            return
+    @cached_property
+    def tables(self) -> dict[str, Table]:
         tables = {"train": Table(self.data)}
         if self.weights is not None:
             tables["weights"] = Table(self.weights, ndim=1, name="weights")
@@ -273,15 +272,13 @@ class TabularDataModule(SplitDataModule):
             if tables["held_out"].shape[1] != tables["train"].shape[1]:
                 shapes = f"{tables['held_out'].shape} and {tables['train'].shape}"
                 raise ValueError(f"held_out and data must have equal numbers of columns, got shapes {shapes}")
-        self.tables = tables
+        return tables
 
     @property
     def num_features(self) -> int:
-        self.setup()
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
-        self.setup()
         train = self.tables["train"]
         weighted = ", weighted" if "weights" in self.tables else ""
         held_out = f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else ""
@@ -289,7 +286,6 @@ class TabularDataModule(SplitDataModule):
 
     def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
         """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or the ``whole`` table in order."""
-        self.setup()
         train = split == "train"
         weights = self.tables.get("weights") if train else None
         shuffle = self.shuffle and train and not whole
