@@ -179,11 +179,8 @@ class GaussianMixtureModule(EMModule):
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                operator = self.make_operator(num_components=self.mixture.components)
-                mixture, center, variance = initial_mixture(rows, operator)
-                start = (tuple(mixture.parameters()), center, variance)
-            parameters, center, variance = self.trainer.strategy.broadcast(start)
-            self.start_from(Mixture(*parameters), center, variance)
+                start = initial_mixture(rows, self.make_operator(num_components=self.mixture.components))
+            self.start_from(*self.trainer.strategy.broadcast(start))
         self.sums.zero_()
         sums_of_ranks, self._restored = self._restored, None
         if sums_of_ranks is None or not self.trainer.ckpt_path or not sums_of_ranks.any():
