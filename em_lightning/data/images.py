@@ -29,6 +29,7 @@ MNIST_HASHES = {
 _SPLIT_SEED = 0  # the same validation items for every seed
 
 
+@dataclass(eq=False, repr=False)
 class TensorBatches(RankLoader):
     """A loader that indexes whole batches, without collation of single items.
 
@@ -50,25 +51,21 @@ class TensorBatches(RankLoader):
         (tensor([4]), tensor([True]))
     """
 
-    def __init__(
-        self,
-        tensors: list[Tensor],
-        batch_size: int,
-        shuffle: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        draw: Callable[..., Any] | None = None,
-    ) -> None:
-        lengths = {len(tensor) for tensor in tensors}
+    tensors: list[Tensor]
+    batch_size: int
+    shuffle: bool = True
+    num_replicas: int = 1
+    rank: int = 0
+    seed: int = 0
+    draw: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(tensor) for tensor in self.tensors}
         if len(lengths) != 1:
             raise ValueError(f"tensors must have equal lengths, got {sorted(lengths)}")
-        check_at_least(1, batch_size=batch_size)
+        check_at_least(1, batch_size=self.batch_size)
         self.num_items = lengths.pop()
-        super().__init__(self.num_items, shuffle, num_replicas, rank, seed)
-        self.tensors = tensors
-        self.batch_size = batch_size
-        self.draw = draw
+        self._check_ranks(self.num_items)
 
     def __len__(self) -> int:
         return math.ceil(self.num_items / (self.batch_size * self.num_replicas))

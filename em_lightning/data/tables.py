@@ -63,10 +63,9 @@ class Table:
     def __init__(self, source: Tensor | np.ndarray | str | Path, ndim: int = 2, name: str = "data") -> None:
         self.name = name
         self.parts: Sequence[Tensor | Path]
-        if isinstance(source, np.ndarray):
-            source = torch.from_numpy(source)
-        if isinstance(source, Tensor):
-            self.parts, self.source = [source], f"a tensor of {source.dtype}".replace("torch.", "")
+        if isinstance(source, (Tensor, np.ndarray)):
+            tensor = torch.as_tensor(source)
+            self.parts, self.source = [tensor], f"a tensor of {tensor.dtype}".replace("torch.", "")
         else:
             path = Path(source)
             self.parts = _shards(path, name) if path.is_dir() else [path]
@@ -148,6 +147,7 @@ class Table:
         return torch.cat(blocks)
 
 
+@dataclass(eq=False, repr=False)
 class TableBlocks(RankLoader):
     """A loader of contiguous blocks of a table, divided among ranks.
 
@@ -171,23 +171,21 @@ class TableBlocks(RankLoader):
         [3, 3, 4]
     """
 
-    def __init__(
-        self,
-        table: Table,
-        weights: Table | None = None,
-        block_rows: int = 2**16,
-        shuffle: bool = False,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> None:
-        check_at_least(1, block_rows=block_rows)
-        if weights is not None and len(weights) != len(table):
-            raise ValueError(f"weights must have as many rows as the data, got {len(weights)} and {len(table)}")
-        super().__init__(len(table), shuffle, num_replicas, rank, seed)
-        self.table = table
-        self.weights = weights
-        self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
+    table: Table
+    weights: Table | None = None
+    block_rows: int = 2**16
+    shuffle: bool = False
+    num_replicas: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, block_rows=self.block_rows)
+        rows = len(self.table)
+        if self.weights is not None and len(self.weights) != rows:
+            raise ValueError(f"weights must have as many rows as the data, got {len(self.weights)} and {rows}")
+        self._check_ranks(rows)
+        self.num_blocks = min(math.ceil(rows / (self.num_replicas * self.block_rows)), rows // self.num_replicas)
 
     def keep_on(self, device: torch.device) -> None:
         """Copy all rows to a GPU, if they take at most a third of its free memory (chosen, to leave room for EM)."""
