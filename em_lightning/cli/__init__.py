@@ -8,29 +8,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import print_audit
-from em_lightning.cli.recipes import copy, print_recipes
+from em_lightning.cli.recipes import Recipe, copy, print_recipes
 from em_lightning.cli.run import run
 from em_lightning.extras import ExtraChecker
-
-if TYPE_CHECKING:
-    from em_lightning.cli.recipe import Recipe
 
 __all__ = ["Recipe", "main"]
 
 # Errors of a write that is not permitted or does not fit.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def __getattr__(name: str) -> Any:
-    if name != "Recipe":
-        raise AttributeError(f"module 'em_lightning.cli' has no attribute {name!r}")
-    from em_lightning.cli.recipe import Recipe  # loads Lightning, which `ls` and `cp` do not need
-
-    return Recipe
 
 
 def _parser() -> argparse.ArgumentParser:

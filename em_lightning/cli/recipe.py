@@ -1,8 +1,7 @@
-"""Recipe: a LightningModule and a LightningDataModule, trained by a LightningCLI with the defaults of all recipes."""
+"""RecipeCLI: the LightningCLI that trains a recipe, with the defaults of all recipes."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 import sys
@@ -21,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint, WatchedDDPStrategy, connection_error
-from em_lightning.cli.recipes import config_of, docstring, variants_of
+from em_lightning.cli.recipes import Recipe, config_of, docstring, variants_of
 
 # Warnings about internals of Lightning and PyTorch, or settings that are right here, as --ckpt_path=last at a start.
 _WARNINGS = (
@@ -36,71 +35,22 @@ _WARNINGS = (
 _HIDDEN_WORDS = ("litlogger", "litmodels", "TPU available")  # of messages to hide: advertisements, list of devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A LightningModule and a LightningDataModule, and what all recipes share: command line, logger, checkpoints.
-
-    ``em-lightning run SCRIPT`` runs the variable ``recipe`` of a script.
-
-    Args:
-        script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
-            beside the script or else in the folder of configs.
-        model, data: the classes, or base classes, of the LightningModule and of the LightningDataModule.
-        report: class of the callback that measures at the end of the fit, configured under the key ``report``.
-        data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
-        model_subclasses, data_subclasses: whether ``--model`` and ``--data`` name subclasses of ``model`` and ``data``.
-        threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
-    """
-
-    script: str
-    model: type
-    data: type
-    report: type
-    data_to_model: Sequence[str] = ()
-    model_subclasses: bool = False
-    data_subclasses: bool = True
-    threads: int | None = None
-
-    def main(self) -> None:
-        """Run the recipe with the arguments of the process, as ``em-lightning run SCRIPT`` does, and exit."""
-        from em_lightning.cli import main
-
-        sys.exit(main(["run", self.script, *sys.argv[1:]]))
-
-    def fit(self, args: Sequence[str]) -> None:
-        """Print a line on the data and one on the model, then train; ``args`` are those of a LightningCLI."""
-        cli = self.prepare(args)
-        if cli.trainer.is_global_zero:
-            cli.datamodule.prepare_data()
-            cli.datamodule.setup("fit")
-            print(f"Data: {cli.datamodule.describe()}")
-            parameters = [p.numel() for p in cli.model.parameters() if p.requires_grad]
-            print(f"Model: {type(cli.model).__name__} with {sum(parameters):,} trainable parameters")
-        try:
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
-        except RuntimeError as error:
-            if message := connection_error(error):
-                raise ConnectionError(message) from error
-            raise
-
-    def prepare(self, args: Sequence[str]) -> RecipeCLI:
-        """Return a LightningCLI that has built model, data and trainer from the arguments."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        for pattern in _WARNINGS:
-            warnings.filterwarnings("ignore", pattern)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        log.addFilter(lambda record: not any(word in record.getMessage() for word in _HIDDEN_WORDS))
-        return RecipeCLI(self, args)
-
-
 class RecipeCLI(LightningCLI):
     """The LightningCLI of a recipe: its defaults, checkpoints and report."""
 
     def __init__(self, recipe: Recipe, args: Sequence[str]) -> None:
         self.recipe = recipe
         self.script = Path(recipe.script)
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        for pattern in _WARNINGS:
+            warnings.filterwarnings("ignore", pattern)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        log.addFilter(lambda record: not any(word in record.getMessage() for word in _HIDDEN_WORDS))
+        for entry in StrategyRegistry.values():  # "ddp" and its variants, one of which "auto" may choose
+            if entry["strategy"] is DDPStrategy:
+                entry["strategy"] = WatchedDDPStrategy
         super().__init__(
             recipe.model,
             recipe.data,
@@ -161,7 +111,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """Return the trainer: by default a progress bar in terminals only, a timeout of DDP, atomic checkpoints."""
+        """Return the trainer, with a progress bar in terminals only, unless configured, and atomic checkpoints."""
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")  # with it, Lightning would raise
         settings = self.config_init.trainer
@@ -175,18 +125,27 @@ class RecipeCLI(LightningCLI):
             elif settings.enable_progress_bar is None:
                 settings.enable_progress_bar = False
         try:
-            settings.callbacks = list(callbacks)  # Lightning adds its own to the list
-            trainer = super().instantiate_trainer(**options)  # decides what the strategy "auto" is
-            if isinstance(trainer.strategy, DDPStrategy) and isinstance(settings.strategy, str):
-                name = "ddp" if settings.strategy == "auto" else settings.strategy
-                settings.strategy = WatchedDDPStrategy(**StrategyRegistry[name]["init_params"])
-                settings.callbacks = list(callbacks)
-                trainer = super().instantiate_trainer(**options)  # again, with a timeout
+            trainer = super().instantiate_trainer(callbacks=list(callbacks), **options)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def fit(self) -> None:
+        """Print a line on the data and one on the model, then train."""
+        if self.trainer.is_global_zero:
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+            print(f"Data: {self.datamodule.describe()}")
+            parameters = [p.numel() for p in self.model.parameters() if p.requires_grad]
+            print(f"Model: {type(self.model).__name__} with {sum(parameters):,} trainable parameters")
+        try:
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True)
+        except RuntimeError as error:
+            if message := connection_error(error):
+                raise ConnectionError(message) from error
+            raise
 
     def short_help(self, parser: LightningArgumentParser) -> str:
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""

@@ -1,14 +1,59 @@
-"""Scripts and configs of the recipes: find, copy and load them, in a checkout or a wheel."""
+"""Recipe, and the scripts and configs of the recipes: find, copy and load them, in a checkout or a wheel."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import runpy
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from em_lightning.cli.recipe import Recipe
+    from em_lightning.cli.recipe import RecipeCLI
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A LightningModule and a LightningDataModule, and what all recipes share: command line, logger, checkpoints.
+
+    ``em-lightning run SCRIPT`` runs the variable ``recipe`` of a script.
+
+    Args:
+        script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
+            beside the script or else in the folder of configs.
+        model, data: the classes, or base classes, of the LightningModule and of the LightningDataModule.
+        report: class of the callback that measures at the end of the fit, configured under the key ``report``.
+        data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
+        model_subclasses, data_subclasses: whether ``--model`` and ``--data`` name subclasses of ``model`` and ``data``.
+        threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
+    """
+
+    script: str
+    model: type
+    data: type
+    report: type
+    data_to_model: Sequence[str] = ()
+    model_subclasses: bool = False
+    data_subclasses: bool = True
+    threads: int | None = None
+
+    def main(self) -> None:
+        """Run the recipe with the arguments of the process, as ``em-lightning run SCRIPT`` does, and exit."""
+        from em_lightning.cli import main
+
+        sys.exit(main(["run", self.script, *sys.argv[1:]]))
+
+    def fit(self, args: Sequence[str]) -> None:
+        """Print a line on the data and one on the model, then train; ``args`` are those of a LightningCLI."""
+        self.prepare(args).fit()
+
+    def prepare(self, args: Sequence[str]) -> RecipeCLI:
+        """Return a LightningCLI that has built model, data and trainer from the arguments."""
+        from em_lightning.cli.recipe import RecipeCLI  # loads Lightning, which `ls` and `cp` do not need
+
+        return RecipeCLI(self, args)
 
 
 def folder_of(name: str) -> Path:

@@ -75,6 +75,10 @@ class SplitDataModule(lightning.LightningDataModule):
         """Return one line that describes the data."""
         return self.source
 
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data, which otherwise are loaded when they are first used."""
+        self.describe()
+
     def train_dataloader(self) -> Any:
         return self.loader("train")
 
@@ -96,9 +100,8 @@ class Resumable:
 
     def __iter__(self) -> Any:
         # This runs when the first batch is requested, so a state may be loaded between iter() and next().
-        first, self._restored = self._restored, 0
-        self.position = first
-        for batch in self.batches(first):
+        self.position, self._restored = self._restored, 0
+        for batch in self.batches(self.position):
             self.position += 1
             yield batch
 
@@ -118,16 +121,16 @@ class Resumable:
 class RankLoader(Resumable):
     """Base class of loaders that form batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
+    shuffle: bool  # this and the next three are fields of the subclasses, which are dataclasses
+    num_replicas: int
+    rank: int
+    seed: int
+    epoch = 0
     batch_sampler = None  # Lightning reads it from any loader with a sampler
 
-    def __init__(self, length: int, shuffle: bool, num_replicas: int, rank: int, seed: int) -> None:
-        if length < num_replicas:
-            raise ValueError(f"{length} rows are fewer than {num_replicas} ranks; every rank needs one")
-        self.shuffle = shuffle
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
+    def _check_ranks(self, rows: int) -> None:
+        if rows < self.num_replicas:
+            raise ValueError(f"{rows} rows are fewer than {self.num_replicas} ranks; every rank needs one")
 
     @property
     def sampler(self) -> RankLoader:

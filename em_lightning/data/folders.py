@@ -8,11 +8,12 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from em_lightning.data.base import CACHE, SPLITS, download
+from em_lightning.data.base import CACHE, SPLITS, RandomDataset, download
 from em_lightning.data.point_clouds import PointCloudDataModule, Shape
 from em_lightning.data.readers import SUPPORTED, has_points, read_points
 
@@ -72,9 +73,8 @@ class PointCloudFolder(PointCloudDataModule):
             known_hash = None if self.sha256 is None else f"sha256:{self.sha256}"
             download(self.root, self.path, known_hash, "download it yourself and pass the file as root")
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.datasets:
-            return
+    @cached_property
+    def datasets(self) -> dict[str, RandomDataset]:
         self.prepare_data()
         if not self.path.exists():
             raise ValueError(f"root={self.root!r} must be a folder or zip archive with {', '.join(SUPPORTED)} files")
@@ -88,7 +88,7 @@ class PointCloudFolder(PointCloudDataModule):
                     raise ValueError(f"{self.path} is damaged or not a zip archive ({error})") from error
                 content = list(Path(folder).iterdir())  # the folder itself, or its files
                 self._read(content[0] if len(content) == 1 and content[0].is_dir() else Path(folder))
-        super().setup()
+        return super().datasets
 
     def _read(self, folder: Path) -> None:
         """Set the files of the splits, their classes and their shapes."""

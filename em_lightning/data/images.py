@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ MNIST_HASHES = {
 _SPLIT_SEED = 0  # the same validation items for every seed
 
 
+@dataclass(eq=False, repr=False)
 class TensorBatches(RankLoader):
     """A loader that indexes whole batches, without collation of single items.
 
@@ -49,25 +51,21 @@ class TensorBatches(RankLoader):
         (tensor([4]), tensor([True]))
     """
 
-    def __init__(
-        self,
-        tensors: list[Tensor],
-        batch_size: int,
-        shuffle: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        draw: Callable[..., Any] | None = None,
-    ) -> None:
-        lengths = {len(tensor) for tensor in tensors}
+    tensors: list[Tensor]
+    batch_size: int
+    shuffle: bool = True
+    num_replicas: int = 1
+    rank: int = 0
+    seed: int = 0
+    draw: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(tensor) for tensor in self.tensors}
         if len(lengths) != 1:
             raise ValueError(f"tensors must have equal lengths, got {sorted(lengths)}")
-        check_at_least(1, batch_size=batch_size)
+        check_at_least(1, batch_size=self.batch_size)
         self.num_items = lengths.pop()
-        super().__init__(self.num_items, shuffle, num_replicas, rank, seed)
-        self.tensors = tensors
-        self.batch_size = batch_size
-        self.draw = draw
+        self._check_ranks(self.num_items)
 
     def __len__(self) -> int:
         return math.ceil(self.num_items / (self.batch_size * self.num_replicas))
@@ -112,7 +110,6 @@ class TensorDataModule(SplitDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shape: tuple[int, ...]
-        self.splits: dict[str, Tensors] = {}
 
     @property
     def num_features(self) -> int:
@@ -127,14 +124,12 @@ class TensorDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
     def describe(self) -> str:
-        self.setup()
         same = self.splits["val"] is self.splits["test"]
         sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
         return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.splits:
-            return
+    @cached_property
+    def splits(self) -> dict[str, Tensors]:
         train, test = self.load(train=True), self.load(train=False)
         if self.val_size >= len(train.y):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
@@ -143,16 +138,14 @@ class TensorDataModule(SplitDataModule):
             order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
             parts = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values  # in the given order
             train, val = (Tensors(train.x[rows], train.y[rows]) for rows in parts)
-        self.splits = {"train": train, "val": val, "test": test}
+        return {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:
         """Return all items of a split in one batch, as the loader returns them."""
-        self.setup()
         part = self.splits[split]
         return Tensors(*next(iter(TensorBatches(list(part), len(part.y), shuffle=False))))
 
     def loader(self, split: str) -> TensorBatches:
-        self.setup()
         return self.batches(list(self.splits[split]), train=split == "train")
 
     def batches(self, tensors: list[Tensor], train: bool, draw: Callable[..., Any] | None = None) -> TensorBatches:

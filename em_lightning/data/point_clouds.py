@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -209,7 +209,6 @@ class PointCloudDataModule(SplitDataModule):
             check_at_least(0, noise=self.noise)
         check_choice("rotate", self.rotate, ("none", "z", "so3"))
         self.class_names: list[str] = []
-        self.datasets: dict[str, RandomDataset] = {}
 
     @property
     def num_classes(self) -> int:
@@ -221,20 +220,20 @@ class PointCloudDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
     def describe(self) -> str:
-        self.setup()
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
         changes = f", noise {self.noise}" if self.noise else ""
         changes += f", up to {self.holes} missing regions" if self.holes else ""
         return f"{self.source}: {counts} clouds of {self.num_points} points to fit and as many held out{changes}"
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.datasets:
-            return
+    @cached_property
+    def datasets(self) -> dict[str, RandomDataset]:
+        datasets = {}
         for split in SPLITS:
             shapes, num_clouds = self.shapes(split)
             rotate = self.rotate if split == "train" else "none"
             draw = partial(draw_cloud, shapes, self.num_points, self.noise, self.holes, rotate)
-            self.datasets[split] = RandomDataset(draw, num_clouds, split, self.seed)
+            datasets[split] = RandomDataset(draw, num_clouds, split, self.seed)
+        return datasets
 
     def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; center and scale become float32 on devices without float64."""
@@ -243,7 +242,6 @@ class PointCloudDataModule(SplitDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def loader(self, split: str) -> ResumableLoader:
-        self.setup()
         data = self.datasets[split]
         sampler = EpochSampler(data, seed=self.seed, **self.replica) if split == "train" else None
         options: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 from pathlib import Path
@@ -15,9 +16,8 @@ Faces = NDArray[np.int64]
 MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 SUPPORTED = (*MESHES, *TEXTS, ".pcd", ".npy", ".npz")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_NUMBER = rb"[-+]?\.?\d\S*?"  # text that begins as a number
-_THREE_NUMBERS = re.compile(rb"\s*" + _NUMBER + rb"(?:[\s,;]+" + _NUMBER + rb"){2}")
+_NUMBER = r"[-+]?\.?\d\S*?"  # text that begins as a number
+_THREE_NUMBERS = re.compile(rf"\s*{_NUMBER}(?:[\s,;]+{_NUMBER}){{2}}", re.ASCII)
 _MAX_COLUMNS = 12  # x, y, z and up to nine attributes (chosen: a normal, a color and an intensity are seven)
 
 
@@ -50,7 +50,7 @@ def parse_points(content: bytes, name: str, drop_non_finite: bool = False) -> tu
         raise ValueError(f"{name}: the suffix must be one of {', '.join(SUPPORTED)}; convert the file")
     parse = {".pcd": _parse_pcd, ".npy": _parse_array, ".npz": _parse_array}.get(suffix, _parse_text)
     try:
-        content = content.removeprefix(_BYTE_ORDER_MARK)
+        content = content.removeprefix(codecs.BOM_UTF8)
         points, faces = _parse_mesh(content, suffix) if suffix in MESHES else (parse(content), None)
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh raises errors of many types
@@ -64,10 +64,8 @@ def has_points(path: Path) -> bool:
     """Return whether a file can hold points: a text without a row of three numbers, such as README.txt, cannot."""
     if path.suffix.lower() not in TEXTS:
         return True
-    with path.open("rb") as file:
-        # In UTF-16, digits have a zero byte.
-        lines = (line.replace(b"\0", b"") for text in file for line in text.split(b"\r"))
-        return any(_THREE_NUMBERS.match(line.removeprefix(_BYTE_ORDER_MARK)) for line in lines)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return any(_THREE_NUMBERS.match(line.replace("\0", "")) for line in file)  # in UTF-16, digits have a zero byte
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:

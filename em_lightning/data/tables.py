@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -62,10 +63,9 @@ class Table:
     def __init__(self, source: Tensor | np.ndarray | str | Path, ndim: int = 2, name: str = "data") -> None:
         self.name = name
         self.parts: Sequence[Tensor | Path]
-        if isinstance(source, np.ndarray):
-            source = torch.from_numpy(source)
-        if isinstance(source, Tensor):
-            self.parts, self.source = [source], f"a tensor of {source.dtype}".replace("torch.", "")
+        if isinstance(source, (Tensor, np.ndarray)):
+            tensor = torch.as_tensor(source)
+            self.parts, self.source = [tensor], f"a tensor of {tensor.dtype}".replace("torch.", "")
         else:
             path = Path(source)
             self.parts = _shards(path, name) if path.is_dir() else [path]
@@ -147,6 +147,7 @@ class Table:
         return torch.cat(blocks)
 
 
+@dataclass(eq=False, repr=False)
 class TableBlocks(RankLoader):
     """A loader of contiguous blocks of a table, divided among ranks.
 
@@ -170,23 +171,21 @@ class TableBlocks(RankLoader):
         [3, 3, 4]
     """
 
-    def __init__(
-        self,
-        table: Table,
-        weights: Table | None = None,
-        block_rows: int = 2**16,
-        shuffle: bool = False,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> None:
-        check_at_least(1, block_rows=block_rows)
-        if weights is not None and len(weights) != len(table):
-            raise ValueError(f"weights must have as many rows as the data, got {len(weights)} and {len(table)}")
-        super().__init__(len(table), shuffle, num_replicas, rank, seed)
-        self.table = table
-        self.weights = weights
-        self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
+    table: Table
+    weights: Table | None = None
+    block_rows: int = 2**16
+    shuffle: bool = False
+    num_replicas: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, block_rows=self.block_rows)
+        rows = len(self.table)
+        if self.weights is not None and len(self.weights) != rows:
+            raise ValueError(f"weights must have as many rows as the data, got {len(self.weights)} and {rows}")
+        self._check_ranks(rows)
+        self.num_blocks = min(math.ceil(rows / (self.num_replicas * self.block_rows)), rows // self.num_replicas)
 
     def keep_on(self, device: torch.device) -> None:
         """Copy all rows to a GPU, if they take at most a third of its free memory (chosen, to leave room for EM)."""
@@ -257,14 +256,12 @@ class TabularDataModule(SplitDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tables: dict[str, Table] = {}
         if self.held_out is None:
             # Lightning skips validation if the method is its own, but warns of an empty list of loaders.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.tables:
-            return
+    @cached_property
+    def tables(self) -> dict[str, Table]:
         tables = {"train": Table(self.data)}
         if self.weights is not None:
             tables["weights"] = Table(self.weights, ndim=1, name="weights")
@@ -273,15 +270,13 @@ class TabularDataModule(SplitDataModule):
             if tables["held_out"].shape[1] != tables["train"].shape[1]:
                 shapes = f"{tables['held_out'].shape} and {tables['train'].shape}"
                 raise ValueError(f"held_out and data must have equal numbers of columns, got shapes {shapes}")
-        self.tables = tables
+        return tables
 
     @property
     def num_features(self) -> int:
-        self.setup()
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
-        self.setup()
         train = self.tables["train"]
         weighted = ", weighted" if "weights" in self.tables else ""
         held_out = f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else ""
@@ -289,7 +284,6 @@ class TabularDataModule(SplitDataModule):
 
     def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
         """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or the ``whole`` table in order."""
-        self.setup()
         train = split == "train"
         weights = self.tables.get("weights") if train else None
         shuffle = self.shuffle and train and not whole

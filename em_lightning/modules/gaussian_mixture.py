@@ -15,6 +15,7 @@ from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
 from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, StreamedEM, information_criteria
+from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator
 from em_lightning.operators.base import build
@@ -78,7 +79,7 @@ class GaussianMixtureModule(EMModule):
     change: Tensor  # of the log-likelihood, in the last epoch
     iterations: Tensor  # number of finished epochs
     started: Tensor  # whether there is an initial mixture
-    sums: Tensor  # of this rank in this epoch: log-likelihood, mass and flattened statistics; see _parts
+    sums: Tensor  # flattened statistics of this rank in this epoch
     running: Tensor  # flattened statistics s of stochastic EM
     blocks_seen: Tensor  # t of stochastic EM
 
@@ -130,10 +131,10 @@ class GaussianMixtureModule(EMModule):
         self.register_buffer("change", ones.new_tensor(math.inf))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        size = self._streamed.zeros(num_components).flatten().numel()
-        self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)  # a checkpoint has those of all ranks
+        no_points = self._streamed.zeros(num_components).flatten()
+        self.register_buffer("sums", no_points, persistent=False)  # a checkpoint has those of all ranks
         if method == "stochastic":
-            self.register_buffer("running", ones.new_zeros(size))
+            self.register_buffer("running", no_points.clone())
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP must not broadcast the buffers before every block: `sums` differ between ranks, and the others are equal.
@@ -178,11 +179,8 @@ class GaussianMixtureModule(EMModule):
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                operator = self.make_operator(num_components=self.mixture.components)
-                mixture, center, variance = initial_mixture(rows, operator)
-                start = (tuple(mixture.parameters()), center, variance)
-            parameters, center, variance = self.trainer.strategy.broadcast(start)
-            self.start_from(Mixture(*parameters), center, variance)
+                start = initial_mixture(rows, self.make_operator(num_components=self.mixture.components))
+            self.start_from(*self.trainer.strategy.broadcast(start))
         self.sums.zero_()
         sums_of_ranks, self._restored = self._restored, None
         if sums_of_ranks is None or not self.trainer.ckpt_path or not sums_of_ranks.any():
@@ -218,28 +216,27 @@ class GaussianMixtureModule(EMModule):
     def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per point."""
         statistics = self._streamed.e_step(rows.points, self.mixture, rows.weights)
-        sums = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
-        self.sums += sums
+        self.sums += statistics.flatten()
         if self.method == "stochastic":
-            sums = global_sum(sums)
-        log_likelihood, mass, flattened = _parts(sums)
-        if self.method == "stochastic" and mass > 0:  # skip blocks in which all rows have weight zero
-            step_size = float(self.blocks_seen + 1) ** -self.step_exponent
-            # The statistics of a whole epoch of such blocks: the prior's strength is relative to the whole data set.
-            self.running.lerp_(flattened * num_blocks, step_size)
-            self.blocks_seen += 1
-            self._maximize(self.running)
-        return _loss(log_likelihood, mass)
+            summed = global_sum(statistics.flatten())
+            statistics = statistics.unflatten(summed)
+            if statistics.mass.sum() > 0:  # skip blocks in which all rows have weight zero
+                step_size = float(self.blocks_seen + 1) ** -self.step_exponent
+                # The statistics of an epoch of such blocks: the prior's strength is relative to the whole data set.
+                self.running.lerp_(summed * num_blocks, step_size)
+                self.blocks_seen += 1
+                self._maximize(statistics.unflatten(self.running))
+        return _loss(statistics.log_likelihood.squeeze(0), statistics.mass.sum())
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Set the log-likelihood per point, over all ranks, and its change; for full-batch EM, run the M-step."""
-        log_likelihood, mass, flattened = _parts(global_sum(self.sums))
-        mean = log_likelihood / mass
+        statistics = self._streamed.zeros(self.mixture.components).unflatten(global_sum(self.sums))
+        mean = statistics.log_likelihood.squeeze(0) / statistics.mass.sum()
         if not torch.isfinite(mean):
             raise ValueError(f"the log-likelihood is {float(mean)}: the data have NaN, infinity or only weights of 0")
         if self.method == "em":
-            self._maximize(flattened)
+            self._maximize(statistics)
         self.change.copy_((mean - self.log_likelihood).abs())
         self.log_likelihood.copy_(mean)
         self.iterations += 1
@@ -250,11 +247,9 @@ class GaussianMixtureModule(EMModule):
         """EM in coordinates about the mean of the data."""
         return StreamedEM.about(self.mixture, self.center, self.variance)
 
-    def _maximize(self, flattened: Tensor) -> None:
-        streamed, mixture = self._streamed, self.mixture
-        statistics = streamed.zeros(mixture.components).unflatten(flattened)
+    def _maximize(self, statistics: SufficientStatistics) -> None:
         options: Any = {"floor": self.covariance_floor, "prior": self.prior, "variance": self.variance}
-        self._assign(streamed.m_step(statistics, mixture, **options))
+        self._assign(self._streamed.m_step(statistics, self.mixture, **options))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
@@ -303,11 +298,6 @@ class GaussianMixtureModule(EMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
-
-
-def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-likelihood, the mass and the flattened statistics in the layout of ``sums``."""
-    return sums[0], sums[1], sums[2:]
 
 
 def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:

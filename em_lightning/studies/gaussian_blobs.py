@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data import TabularDataModule
+from em_lightning.data import Table, TabularDataModule
 from em_lightning.data.base import generator_of
 from em_lightning.mixture import Mixture
 
@@ -34,7 +35,7 @@ class GaussianBlobs(TabularDataModule):
         '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
     """
 
-    # ``setup`` sets data and held_out. Until then held_out is "", as None would mean that no rows are held out.
+    # ``tables`` sets data and held_out. Until then held_out is "", as None would mean that no rows are held out.
     data: Tensor | str = field(init=False, default="")
     weights: None = field(init=False, default=None)
     held_out: Tensor | str | None = field(init=False, default="")
@@ -83,10 +84,10 @@ class GaussianBlobs(TabularDataModule):
             np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 
-    def setup(self, stage: str | None = None) -> None:
-        if not self.tables:
-            self.data = self._draw(self.num_points, stream=1) if self.path is None else str(self.path)
-            self.held_out = self._draw(self.held_out_points, stream=2)
-            super().setup()
-            train = self.tables["train"]
-            train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        self.data = self._draw(self.num_points, stream=1) if self.path is None else str(self.path)
+        self.held_out = self._draw(self.held_out_points, stream=2)
+        tables = super().tables
+        tables["train"].source = f"a mixture of {self.true_components} Gaussians ({tables['train'].source})"
+        return tables

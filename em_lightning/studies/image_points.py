@@ -93,7 +93,6 @@ class ImagePointSets(TensorDataModule):
         return self.dataset.load(train)
 
     def loader(self, split: str) -> TensorBatches:
-        self.setup()
         part = self.splits[split]
         if split not in self.pixels:
             self.pixels[split] = bright_pixels(part.x, self.threshold)
