@@ -133,7 +133,6 @@ class LayerwiseLoss:
         Raises:
             RuntimeError: with ``all_layers`` and gradients, a layer was never called or its tap has no gradient.
         """
-        trainable: dict[str, list[Tensor]] = {}  # parameters that an EM loss may train, where not all
         if all_layers:
             captured = self.taps.take()
             if loss.requires_grad or any(tensor.requires_grad for tensors in captured.values() for tensor in tensors):
@@ -143,8 +142,8 @@ class LayerwiseLoss:
             captured = self.taps.take(
                 lambda tensor: tensor.requires_grad if self.taps.detach else tensor.grad_fn in graph
             )
-            if owners is not None:
-                captured, trainable = self._of_owners(captured, owners)
+        if owners is not None:
+            captured = self._of_owners(captured, owners)
         self._added.update(captured)  # also where the factor is 0
         factor = self.factor()
         self.step += 1
@@ -160,7 +159,9 @@ class LayerwiseLoss:
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
             weighted = weight * value
-            total = total + (only_for(trainable[path], weighted) if path in trainable else weighted)
+            if owners is not None and path not in self._trained_alone:
+                weighted = only_for(owners[path].own, weighted)
+            total = total + weighted
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
@@ -226,37 +227,26 @@ class LayerwiseLoss:
         self.taps.frozen = set()  # the next step finds anew which layers wait
         return {path: tensors for path, tensors in kept.items() if tensors}
 
-    def _of_owners(
-        self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
-    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """Return the tensors that depend on their owner's parameters, and the parameters that their losses may train.
+    def _of_owners(self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]) -> dict[str, list[Tensor]]:
+        """Return the tensors that depend on parameters of their owner, the optimizer of the layer's parameters.
 
-        The owner of a layer is the optimizer of its parameters. A call is ``alone`` if it depends on no parameters of
-        another optimizer, as a discriminator's on detached images. Once a layer had such a call, only these count, and
-        it has no entry in the second mapping: its losses may train all parameters that they depend on.
+        A call is ``alone`` if it depends on no parameters of another optimizer, as a discriminator's on detached
+        images. Once a layer had such a call, only these count.
         """
         kept: dict[str, list[Tensor]] = {}
-        trainable: dict[str, list[Tensor]] = {}
         for path, tensors in captured.items():
             alone: list[Tensor] = []
             mixed: list[Tensor] = []
-            own_parameters: dict[int, Tensor] = {}
             for tensor in tensors:
-                leaves = leaves_of(graph_of(tensor))
-                own = {key: leaf for key, leaf in leaves.items() if key in owners[path].own}
-                if own:
-                    (mixed if leaves.keys() & owners[path].others else alone).append(tensor)
-                    own_parameters.update(own)
+                leaves = leaves_of(tensor).keys()
+                if leaves & owners[path].own:
+                    (mixed if leaves & owners[path].others else alone).append(tensor)
             if alone and path not in self._trained_alone:
                 self._trained_alone.add(path)
                 if path in self.norms:
                     self.norms[path] = _Norms()  # they were measured with the losses of other optimizers
-            if path in self._trained_alone:
-                kept[path] = alone
-            else:
-                kept[path] = mixed
-                trainable[path] = list(own_parameters.values())
-        return {path: tensors for path, tensors in kept.items() if tensors}, trainable
+            kept[path] = alone if path in self._trained_alone else mixed
+        return {path: tensors for path, tensors in kept.items() if tensors}
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
         """Return the EM loss of a layer, and keep its terms for logging."""
