@@ -20,7 +20,7 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
 AfterChange = Callable[[Site, "Change"], None]
-_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
+_SURGERY_BY = "_em_surgery_by "  # followed by ``Surgery.by``: attribute of a model that holds this surgery
 # Attribute of a new module, set by an undo while a later surgery keeps the module: what the later undo must restore.
 _BEFORE = "_em_before"
 
@@ -126,16 +126,9 @@ class PerCall(nn.ModuleList):
         return self[max((self.counter.count or 0) - 1, 0)](*args, **kwargs)
 
 
-class _Uncopied(dict[str, Any]):
-    """A dictionary whose copies and pickles are empty, because a surgery can be undone on the original model only."""
-
-    def __reduce__(self) -> Any:
-        return _Uncopied, ()
-
-
 def surgery_by(model: nn.Module, by: str) -> Surgery:
     """Return the model's surgery with this ``by``; for a copied model, a new surgery without changes to undo."""
-    return vars(model).get(_SURGERIES, {}).get(by) or Surgery(model, by)
+    return vars(model).get(_SURGERY_BY + by) or Surgery(model, by)
 
 
 class Surgery:
@@ -149,7 +142,10 @@ class Surgery:
         self.first_calls: list[Any] = []  # hooks that record whether each new module was called
         self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies without surgery, by path
         if by is not None:
-            vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
+            vars(model)[_SURGERY_BY + by] = self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and pickles of the model hold None: only the original can be restored
 
     @property
     def report(self) -> str:
@@ -199,11 +195,9 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes, self.unchanged_copies = [], {}
-        surgeries = vars(self.model).get(_SURGERIES, {})
-        if surgeries.get(self.by) is self:
-            del surgeries[self.by]
-        if not surgeries:
-            vars(self.model).pop(_SURGERIES, None)
+        attribute = f"{_SURGERY_BY}{self.by}"
+        if vars(self.model).get(attribute) is self:
+            del vars(self.model)[attribute]
 
     def __enter__(self) -> Surgery:
         return self
