@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, unchanged_twins
+from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, twins_of
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
@@ -275,11 +275,13 @@ def change_sites(
             )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
-    twins = unchanged_twins(surgery.model, sites)
+    changed = {site.path for site in sites}
+    twins = [twin for path in changed for twin in twins_of(surgery.model, path) if twin.counterpart not in changed]
     for twin in twins:
         copied, hook = surgery.model.get_submodule(twin.copy), functools.partial(refuse_original, twin)
         surgery.undos.append(copied.register_load_state_dict_post_hook(hook).remove)
-    surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
+        if is_equal_copy(surgery.model, twin):
+            surgery.unchanged_copies[twin.counterpart] = twin
     for site in sites:
         make = make_at(site)
         make = functools.partial(make) if isinstance(make, type) else make  # without arguments

@@ -101,12 +101,6 @@ def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, None if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters()]
 
 
-def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
-    """Return the twins of the modules around the given sites, except where the counterpart is a given site too."""
-    changed = {site.path for site in sites}
-    return [twin for path in changed for twin in twins_of(model, path) if twin.counterpart not in changed]
-
-
 def refuse_original(twin: Twin, module: nn.Module, keys: Any) -> None:
     """Hook of a twin's ``load_state_dict``: raise ValueError if the weights are those of its changed original."""
     beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
