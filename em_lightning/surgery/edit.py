@@ -33,6 +33,7 @@ class Change(NamedTuple):
     old: Any  # a module; a function; for replaced calls the class of an equivalent module
     new: nn.Module
     added: nn.Module  # new itself, or the operator in it: the module that was built, or a PerCall of several
+    modules: list[Any]  # that were built for the site: N with ``calls=N``, otherwise one
     entry: dict[str, Any]  # the change's entry in the plan
     make: Make  # which built ``modules``
 
@@ -40,11 +41,6 @@ class Change(NamedTuple):
     def path(self) -> str:
         """The site's dotted name from the root."""
         return self.entry["path"]
-
-    @property
-    def modules(self) -> list[Any]:
-        """The modules that were built for the site: N with ``calls=N``, otherwise one."""
-        return list(self.added) if isinstance(self.added, PerCall) else [self.added]
 
 
 class Inserted(nn.Module):
@@ -286,9 +282,8 @@ def change_sites(
         make = make_at(site)
         make = functools.partial(make) if isinstance(make, type) else make  # without arguments
         counter = CallCounter(site.path, num_modules, _refuse_sharing)
-        added = built = _build(site, make)
-        if num_modules > 1:
-            added = PerCall([built, *(_build(site, make, index) for index in range(1, num_modules))], counter)
+        built = [_build(site, make, index) for index in range(num_modules)]
+        added = PerCall(built, counter) if num_modules > 1 else built[0]
         if num_modules > 1 or (calls is None and list(added.parameters())):  # pick by call, or refuse a second
             surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
@@ -302,20 +297,21 @@ def change_sites(
         entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
-            "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
+            "class_path": f"{type(built[0]).__module__}.{type(built[0]).__qualname__}",
             "init_args": arguments_of(make),
-            "repr": repr(built) if arguments_of(make) is None else "",  # tells instances with other arguments apart
+            "repr": repr(built[0]) if arguments_of(make) is None else "",  # tells instances with other arguments apart
             "calls": calls,
             "target": [],  # the classes of replaced functions, filled by swap_calls
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
-        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry, make))
-        after_change(site, surgery.changes[-1])
+        change = Change(site.parent, site.name, site.function or site.module, new, added, built, entry, make)
+        surgery.changes.append(change)
+        after_change(site, change)
     return surgery
 
 
-def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
+def _build(site: Site, make: Make, index: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # On the CPU, so that all devices build the same; torch.manual_seed would also seed every accelerator.
         torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
