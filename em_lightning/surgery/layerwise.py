@@ -201,11 +201,10 @@ class LayerwiseLoss:
 
     def check_all_added(self) -> None:
         """Raise RuntimeError if the EM loss of a layer was not added since :meth:`reset`, unless it waits."""
-        self._check(path for path in self.losses if path not in self._added)
+        self._check(self.losses.keys() - self._added)
 
-    def _check(self, paths: Iterable[str]) -> None:
-        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for other paths."""
-        missed = set(paths)
+    def _check(self, missed: set[str]) -> None:
+        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for the others."""
         waiting = missed & self.taps.frozen
         if waiting and not self._said_waiting:
             self._said_waiting = True
