@@ -96,18 +96,17 @@ class SetRefinement(EMRefinement):
         inverse = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
         return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(inverse)
 
-    def resize(self, num_features: int) -> None:
-        """Take items of another width; raise ValueError if parameters depend on the width."""
-        current = self.operator.num_features
-        if num_features == current:
-            return
-        if list(self.operator.parameters()):
-            raise ValueError(f"num_features={current} must be the output's width: give num_features={num_features}")
-        self.operator = self._make_operator(self.operator.num_components, num_features).train(self.training)
+    def prepare_sets(self, shape: Sequence[int]) -> str:
+        """Take items of the width in ``shape`` unless it was given; return the number of sets and items as text.
 
-    def describe_sets(self, shape: Sequence[int]) -> str:
-        """Return the number of sets and items as text."""
-        sets, items, _ = self._axes(shape)
+        ValueError if parameters depend on another width.
+        """
+        sets, items, dim = self._axes(shape)
+        current, width = self.operator.num_features, shape[dim]
+        if width != current and not self.width_is_given:
+            if list(self.operator.parameters()):
+                raise ValueError(f"num_features={current} must be the output's width: give num_features={width}")
+            self.operator = self._make_operator(self.operator.num_components, width).train(self.training)
         hint = "" if items else ": each row is a set of its own, set_dim=0 fits one mixture to the rows of the batch"
         num_sets, num_items = (math.prod(shape[axis] for axis in axes) for axes in (sets, items))
         return f"{num_sets} sets of {num_items} item{'' if num_items == 1 else 's'}{hint}"
