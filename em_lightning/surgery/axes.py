@@ -226,8 +226,7 @@ class FirstCall:
         dim = None if self.axis is None else self.axis(shape)
         if dim is not None and module.dim != dim:
             module.dim = dim
-        if len(shape) in self.seen:
-            return
-        sets = module.prepare_sets(shape) if hasattr(module, "prepare_sets") else ""
-        announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)
-        self.seen.add(len(shape))
+        if len(shape) not in self.seen:
+            sets = module.prepare_sets(shape) if hasattr(module, "prepare_sets") else ""
+            announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)
+            self.seen.add(len(shape))

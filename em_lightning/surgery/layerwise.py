@@ -314,11 +314,9 @@ def check_options(loss: Any, weight: Any, tap: Any, every: Any, ratio: Any, sche
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     """Build the loss of one layer; a module is copied, so that layers share no state."""
-    spec = loss if isinstance(loss, Mapping) else {"name": loss}
-    if spec.get("name") == "em":
-        built: Any = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
-    else:
-        built = LOSSES.build(copy.deepcopy(loss))
+    arguments = dict(loss) if isinstance(loss, Mapping) else {"name": loss}
+    is_em_loss = arguments.pop("name", None) == "em"
+    built: Any = EMLoss(**arguments) if is_em_loss else LOSSES.build(copy.deepcopy(loss))
     if isinstance(built, nn.Module) and list(built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"

@@ -77,7 +77,8 @@ class SetRefinement(EMRefinement):
         sets, items, dim = self._axes(x.shape)
         if x.numel() == 0:
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
-        moved = x.permute(*sets, *items, dim)
+        order = (*sets, *items, dim)
+        moved = x.permute(order)
         num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
         self.may_warn = not self.causal and x.ndim == 3 and num_items > 1
         points = moved.reshape(-1, num_items, features)
@@ -93,8 +94,7 @@ class SetRefinement(EMRefinement):
                 refined = self.reconstruct(points, keep)
         finally:
             CausalityWatch.paused = False
-        inverse = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
-        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(inverse)
+        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).movedim(tuple(range(x.ndim)), order)
 
     def prepare_sets(self, shape: Sequence[int]) -> str:
         """Take items of the width in ``shape`` unless it was given; return the number of sets and items as text.
@@ -153,7 +153,7 @@ class SetRefinement(EMRefinement):
 def _at_items(name: str, mask: Tensor) -> Tensor:
     """Return the bool mask that is true at items, from a mask given as argument ``name``."""
     if name != "attention_mask":
-        return ~mask if mask.dtype == torch.bool else mask == 0
+        return mask == 0
     additive = mask.is_floating_point() and ~(mask > 0).any()
     return (mask > 0) | (additive & (mask > _BLOCKED))
 
