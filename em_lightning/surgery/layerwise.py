@@ -159,7 +159,7 @@ class LayerwiseLoss:
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
             weighted = weight * value
-            if owners is not None and path not in self._trained_alone:
+            if owners is not None and path not in self._trained_alone:  # those depend on no other parameters
                 weighted = only_for(owners[path].own, weighted)
             total = total + weighted
         return loss + total.to(loss.dtype)

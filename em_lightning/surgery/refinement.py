@@ -67,13 +67,13 @@ class SetRefinement(EMRefinement):
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # (argument, mask) of modules that run now, innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
-        self.inspecting = True  # whether modules around inspect a forward that starts now; forward() sets it to False
-        self.attention_inspected = False  # whether calls of attention were inspected, not only a forward's arguments
+        self.inspection = "due"  # by modules around; "open" until one of them that calls attention decides; then "done"
         self.may_warn = False  # whether the last call fitted one mixture to a sequence, without a warning so far
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
-        self.inspecting = False
+        if self.inspection == "due":
+            self.inspection = "open"
         sets, items, dim = self._axes(x.shape)
         if x.numel() == 0:
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
@@ -214,7 +214,7 @@ def _observe(
     # A TorchFunctionMode would turn fused kernels of attention off: where they may run, inspect only the arguments.
     only_arguments = may_fuse and not operator.training and not torch.is_grad_enabled()
     try:
-        if not operator.inspecting or operator.causal or torch.compiler.is_compiling():
+        if operator.inspection != "due" or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
         if only_arguments:
             watch.inspect("attention", (), arguments)
@@ -224,17 +224,16 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if operator.inspecting or operator.attention_inspected:  # not called, or an inner module has decided
+    if operator.inspection != "open":  # not called, or an inner module has decided
         return output
     if watch.causal:
-        operator.inspecting = True  # the next forward raises, too
+        operator.inspection = "due"  # the next forward raises, too
         raise ValueError(
             f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
             f"so that earlier positions would see later ones: set causal=True"
         )
     if watch.attention:
-        operator.attention_inspected = not only_arguments
-        operator.inspecting = only_arguments  # a mask made inside is no argument: inspect the next forward too
+        operator.inspection = "due" if only_arguments else "done"  # a mask that is made inside is no argument
     elif operator.may_warn and (one_direction or watch.one_sided):
         operator.may_warn = False
         source = "recurrent layers of one direction" if one_direction else watch.one_sided
