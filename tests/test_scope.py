@@ -58,6 +58,20 @@ def test_attention_is_a_posterior_over_keys():
     assert findings.at("layers.0")[0].operation == "relu"  # the function
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_that_would_use_fused_kernels_is_seen(need_weights):
+    """Frozen layers in eval mode, and layers under no_grad, have fused kernels that compute their softmax inside."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False)
+    x = torch.randn(2, 5, 8)
+    found = audit(attention, None, lambda: attention(x, x, x, need_weights=need_weights))
+    assert [(one.operation, one.em) for one in found] == [("attention", True)]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    found = audit(encoder, None, lambda: torch.no_grad()(encoder)(x))
+    assert [one.path for one in found if one.em] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_scaled_dot_product_attention_by_hand():
     q = torch.randn(2, 5, 4)
     finding = only(audit(Calls(lambda _: F.scaled_dot_product_attention(q, q, q)), torch.randn(2, 4)).at(""))

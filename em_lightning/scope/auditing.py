@@ -15,11 +15,10 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # no public hook sees ATen operations
 from torch.utils.data import DataLoader, Dataset
 
@@ -87,18 +86,16 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
         raise TypeError("batch=None must be a batch, () for a forward without arguments, or come with run=, a function")
     model = uncompiled(model)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    fast_path = mha.get_fastpath_enabled()
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            mha.set_fastpath_enabled(False)
             Observation.enabled = False  # taps record nothing, and first calls print nothing
             model.eval()
             try:
-                with _Recorder(model) as recorder:
+                # Under a function mode, nn.MultiheadAttention uses no fused kernels, whose softmax cannot be seen.
+                with BaseTorchFunctionMode(), _Recorder(model) as recorder:
                     run() if run else _run(model, batch)
                 return recorder.findings()
             finally:
-                mha.set_fastpath_enabled(fast_path)
                 Observation.enabled = True
 
 

@@ -191,13 +191,12 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
     competition = module.posterior if isinstance(module, Activation) else module
     posterior = competition(inputs[0].detach().float().requires_grad_(), *inputs[1:], **kwargs)
     if isinstance(module, Activation) and not module.competes:
-        reason = "hypotheses of each unit by itself: units do not compete"
-        finding = _compared(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
+        axis, label, reason = -1, "each unit", "hypotheses of each unit by itself: units do not compete"
     else:
         dim = inputs[2] if len(inputs) > 2 else kwargs.get("dim")  # forward(energies, log_prior, dim) of a Competition
         axis = module.dim if dim is None else dim
-        finding = Finding(path, name, name, reason="competition of the units")
-        finding = _compared(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)
+        label, reason = f"axis {axis % posterior.energies.ndim}", "competition of the units"
+    finding = _compared(Finding(path, name, name, reason=reason), posterior, label, axis)
     if isinstance(module, _SPARSE) and finding.checked:
         finding.exponentiated = False
         finding.reason = "normalized, but not exponentiated: hypotheses drop to exactly zero"

@@ -210,7 +210,7 @@ def print_line(text: str) -> None:
 
 
 class FirstCall:
-    """Forward pre-hook that sets the axis and width of a module; prints at the first call with each number of axes."""
+    """Forward pre-hook that sets the axis of a module; prints at the first call with each number of axes."""
 
     def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
         self.path = path
@@ -219,17 +219,14 @@ class FirstCall:
         self.seen: set[int] = set()  # numbers of axes
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Set the axis; at a first call also set the width and print."""
+        """Set the axis; at a first call also prepare an operator for the shape, and print."""
         if not args or not isinstance(args[0], Tensor):
             return
         shape = args[0].shape
         dim = None if self.axis is None else self.axis(shape)
         if dim is not None and module.dim != dim:
             module.dim = dim
-        if len(shape) in self.seen:
-            return
-        if dim is not None and not getattr(module, "width_is_given", True):
-            module.resize(shape[dim])
-        sets = module.describe_sets(shape) if hasattr(module, "describe_sets") else ""
-        announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)
-        self.seen.add(len(shape))
+        if len(shape) not in self.seen:
+            sets = module.prepare_sets(shape) if hasattr(module, "prepare_sets") else ""
+            announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)
+            self.seen.add(len(shape))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, unchanged_twins
+from em_lightning.surgery.owners import Twin, is_equal_copy, refuse_original, twins_of
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
 AfterChange = Callable[[Site, "Change"], None]
-_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
+_SURGERY_BY = "_em_surgery_by "  # followed by ``Surgery.by``: attribute of a model that holds this surgery
 # Attribute of a new module, set by an undo while a later surgery keeps the module: what the later undo must restore.
 _BEFORE = "_em_before"
 
@@ -33,6 +33,7 @@ class Change(NamedTuple):
     old: Any  # a module; a function; for replaced calls the class of an equivalent module
     new: nn.Module
     added: nn.Module  # new itself, or the operator in it: the module that was built, or a PerCall of several
+    modules: list[Any]  # that were built for the site: N with ``calls=N``, otherwise one
     entry: dict[str, Any]  # the change's entry in the plan
     make: Make  # which built ``modules``
 
@@ -40,11 +41,6 @@ class Change(NamedTuple):
     def path(self) -> str:
         """The site's dotted name from the root."""
         return self.entry["path"]
-
-    @property
-    def modules(self) -> list[Any]:
-        """The modules that were built for the site: N with ``calls=N``, otherwise one."""
-        return list(self.added) if isinstance(self.added, PerCall) else [self.added]
 
 
 class Inserted(nn.Module):
@@ -126,16 +122,9 @@ class PerCall(nn.ModuleList):
         return self[max((self.counter.count or 0) - 1, 0)](*args, **kwargs)
 
 
-class _Uncopied(dict[str, Any]):
-    """A dictionary whose copies and pickles are empty, because a surgery can be undone on the original model only."""
-
-    def __reduce__(self) -> Any:
-        return _Uncopied, ()
-
-
 def surgery_by(model: nn.Module, by: str) -> Surgery:
     """Return the model's surgery with this ``by``; for a copied model, a new surgery without changes to undo."""
-    return vars(model).get(_SURGERIES, {}).get(by) or Surgery(model, by)
+    return vars(model).get(_SURGERY_BY + by) or Surgery(model, by)
 
 
 class Surgery:
@@ -149,7 +138,10 @@ class Surgery:
         self.first_calls: list[Any] = []  # hooks that record whether each new module was called
         self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies without surgery, by path
         if by is not None:
-            vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
+            vars(model)[_SURGERY_BY + by] = self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and pickles of the model hold None: only the original can be restored
 
     @property
     def report(self) -> str:
@@ -199,11 +191,9 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes, self.unchanged_copies = [], {}
-        surgeries = vars(self.model).get(_SURGERIES, {})
-        if surgeries.get(self.by) is self:
-            del surgeries[self.by]
-        if not surgeries:
-            vars(self.model).pop(_SURGERIES, None)
+        attribute = f"{_SURGERY_BY}{self.by}"
+        if vars(self.model).get(attribute) is self:
+            del vars(self.model)[attribute]
 
     def __enter__(self) -> Surgery:
         return self
@@ -281,18 +271,19 @@ def change_sites(
             )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
-    twins = unchanged_twins(surgery.model, sites)
+    changed = {site.path for site in sites}
+    twins = [twin for path in changed for twin in twins_of(surgery.model, path) if twin.counterpart not in changed]
     for twin in twins:
         copied, hook = surgery.model.get_submodule(twin.copy), functools.partial(refuse_original, twin)
         surgery.undos.append(copied.register_load_state_dict_post_hook(hook).remove)
-    surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
+        if is_equal_copy(surgery.model, twin):
+            surgery.unchanged_copies[twin.counterpart] = twin
     for site in sites:
         make = make_at(site)
         make = functools.partial(make) if isinstance(make, type) else make  # without arguments
         counter = CallCounter(site.path, num_modules, _refuse_sharing)
-        added = built = _build(site, make)
-        if num_modules > 1:
-            added = PerCall([built, *(_build(site, make, index) for index in range(1, num_modules))], counter)
+        built = [_build(site, make, index) for index in range(num_modules)]
+        added = PerCall(built, counter) if num_modules > 1 else built[0]
         if num_modules > 1 or (calls is None and list(added.parameters())):  # pick by call, or refuse a second
             surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
@@ -306,20 +297,21 @@ def change_sites(
         entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
-            "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
+            "class_path": f"{type(built[0]).__module__}.{type(built[0]).__qualname__}",
             "init_args": arguments_of(make),
-            "repr": repr(built) if arguments_of(make) is None else "",  # tells instances with other arguments apart
+            "repr": repr(built[0]) if arguments_of(make) is None else "",  # tells instances with other arguments apart
             "calls": calls,
             "target": [],  # the classes of replaced functions, filled by swap_calls
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
-        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry, make))
-        after_change(site, surgery.changes[-1])
+        change = Change(site.parent, site.name, site.function or site.module, new, added, built, entry, make)
+        surgery.changes.append(change)
+        after_change(site, change)
     return surgery
 
 
-def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
+def _build(site: Site, make: Make, index: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # On the CPU, so that all devices build the same; torch.manual_seed would also seed every accelerator.
         torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))

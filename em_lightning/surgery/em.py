@@ -12,7 +12,7 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, layers_of, print_line, unit_axis
+from em_lightning.surgery.axes import FirstCall, print_line, unit_axis
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
@@ -170,8 +170,7 @@ def insert_em_operators(
         given["dim"] = dim
 
     def make_at(site: Site) -> Make:
-        likeliest, *_ = layers_of(site)
-        width = next((width for _, width in likeliest), 1)  # 1 if no layer has one, until the first batch corrects it
+        width = next(iter(unit_axis(site).widths), 1)  # 1 if no layer has one, until the first batch corrects it
         features = width if num_features is None else num_features
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 

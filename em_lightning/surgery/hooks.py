@@ -18,15 +18,7 @@ Undo = Callable[[], Any]
 
 # The dictionaries in which nn.Module.__call__ looks up hooks, or flags of hooks. They are private, but torch offers no
 # other way to move the hooks of a module to the module that replaces it.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and "hooks" in name]
 
 
 class Chain:

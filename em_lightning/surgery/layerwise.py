@@ -133,7 +133,6 @@ class LayerwiseLoss:
         Raises:
             RuntimeError: with ``all_layers`` and gradients, a layer was never called or its tap has no gradient.
         """
-        trainable: dict[str, list[Tensor]] = {}  # parameters that an EM loss may train, where not all
         if all_layers:
             captured = self.taps.take()
             if loss.requires_grad or any(tensor.requires_grad for tensors in captured.values() for tensor in tensors):
@@ -143,8 +142,8 @@ class LayerwiseLoss:
             captured = self.taps.take(
                 lambda tensor: tensor.requires_grad if self.taps.detach else tensor.grad_fn in graph
             )
-            if owners is not None:
-                captured, trainable = self._of_owners(captured, owners)
+        if owners is not None:
+            captured = self._of_owners(captured, owners)
         self._added.update(captured)  # also where the factor is 0
         factor = self.factor()
         self.step += 1
@@ -160,7 +159,9 @@ class LayerwiseLoss:
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
             weighted = weight * value
-            total = total + (only_for(trainable[path], weighted) if path in trainable else weighted)
+            if owners is not None and path not in self._trained_alone:  # those depend on no other parameters
+                weighted = only_for(owners[path].own, weighted)
+            total = total + weighted
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
@@ -200,11 +201,10 @@ class LayerwiseLoss:
 
     def check_all_added(self) -> None:
         """Raise RuntimeError if the EM loss of a layer was not added since :meth:`reset`, unless it waits."""
-        self._check(path for path in self.losses if path not in self._added)
+        self._check(self.losses.keys() - self._added)
 
-    def _check(self, paths: Iterable[str]) -> None:
-        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for other paths."""
-        missed = set(paths)
+    def _check(self, missed: set[str]) -> None:
+        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for the others."""
         waiting = missed & self.taps.frozen
         if waiting and not self._said_waiting:
             self._said_waiting = True
@@ -226,37 +226,26 @@ class LayerwiseLoss:
         self.taps.frozen = set()  # the next step finds anew which layers wait
         return {path: tensors for path, tensors in kept.items() if tensors}
 
-    def _of_owners(
-        self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
-    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """Return the tensors that depend on their owner's parameters, and the parameters that their losses may train.
+    def _of_owners(self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]) -> dict[str, list[Tensor]]:
+        """Return the tensors that depend on parameters of their owner, the optimizer of the layer's parameters.
 
-        The owner of a layer is the optimizer of its parameters. A call is ``alone`` if it depends on no parameters of
-        another optimizer, as a discriminator's on detached images. Once a layer had such a call, only these count, and
-        it has no entry in the second mapping: its losses may train all parameters that they depend on.
+        A call is ``alone`` if it depends on no parameters of another optimizer, as a discriminator's on detached
+        images. Once a layer had such a call, only these count.
         """
         kept: dict[str, list[Tensor]] = {}
-        trainable: dict[str, list[Tensor]] = {}
         for path, tensors in captured.items():
             alone: list[Tensor] = []
             mixed: list[Tensor] = []
-            own_parameters: dict[int, Tensor] = {}
             for tensor in tensors:
-                leaves = leaves_of(graph_of(tensor))
-                own = {key: leaf for key, leaf in leaves.items() if key in owners[path].own}
-                if own:
-                    (mixed if leaves.keys() & owners[path].others else alone).append(tensor)
-                    own_parameters.update(own)
+                leaves = leaves_of(tensor).keys()
+                if leaves & owners[path].own:
+                    (mixed if leaves & owners[path].others else alone).append(tensor)
             if alone and path not in self._trained_alone:
                 self._trained_alone.add(path)
                 if path in self.norms:
                     self.norms[path] = _Norms()  # they were measured with the losses of other optimizers
-            if path in self._trained_alone:
-                kept[path] = alone
-            else:
-                kept[path] = mixed
-                trainable[path] = list(own_parameters.values())
-        return {path: tensors for path, tensors in kept.items() if tensors}, trainable
+            kept[path] = alone if path in self._trained_alone else mixed
+        return {path: tensors for path, tensors in kept.items() if tensors}
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
         """Return the EM loss of a layer, and keep its terms for logging."""
@@ -325,11 +314,9 @@ def check_options(loss: Any, weight: Any, tap: Any, every: Any, ratio: Any, sche
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     """Build the loss of one layer; a module is copied, so that layers share no state."""
-    spec = loss if isinstance(loss, Mapping) else {"name": loss}
-    if spec.get("name") == "em":
-        built: Any = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
-    else:
-        built = LOSSES.build(copy.deepcopy(loss))
+    arguments = dict(loss) if isinstance(loss, Mapping) else {"name": loss}
+    is_em_loss = arguments.pop("name", None) == "em"
+    built: Any = EMLoss(**arguments) if is_em_loss else LOSSES.build(copy.deepcopy(loss))
     if isinstance(built, nn.Module) and list(built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"

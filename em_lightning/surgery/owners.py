@@ -63,13 +63,14 @@ def graph_of(loss: Tensor) -> set[Any]:
     return nodes
 
 
-def leaves_of(graph: Iterable[Any]) -> dict[int, Tensor]:
-    """Return the parameters among the nodes of a graph, by their ids."""
-    return {id(node.variable): node.variable for node in graph if hasattr(node, "variable")}
+def leaves_of(loss: Tensor) -> dict[int, Tensor]:
+    """Return the parameters in the autograd graph of a loss, by their ids."""
+    return {id(node.variable): node.variable for node in graph_of(loss) if hasattr(node, "variable")}
 
 
-def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
-    """Return a loss of the same value, with the same gradient for these parameters and none for all others."""
+def only_for(ids: set[int], loss: Tensor) -> Tensor:
+    """Return a loss of the same value, with the same gradient for the parameters of these ids and none for others."""
+    parameters = [leaf for key, leaf in leaves_of(loss).items() if key in ids]
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
     return linear + (loss - linear).detach()  # the value of the loss, the gradient of the linear function
@@ -98,12 +99,6 @@ def twins_of(model: nn.Module, path: str) -> Iterator[Twin]:
 
 def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, None if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters()]
-
-
-def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
-    """Return the twins of the modules around the given sites, except where the counterpart is a given site too."""
-    changed = {site.path for site in sites}
-    return [twin for path in changed for twin in twins_of(model, path) if twin.counterpart not in changed]
 
 
 def refuse_original(twin: Twin, module: nn.Module, keys: Any) -> None:

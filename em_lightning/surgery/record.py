@@ -36,13 +36,9 @@ def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
     """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
     _warn_of_dropped_surgeries()
+    links = {"on_save_checkpoint": _save, "on_load_checkpoint": _compare}
     # Not isinstance(model, LightningModule), as lightning and pytorch_lightning each define one.
-    if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
-        return []
-    return [
-        wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
-        wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
-    ]
+    return [wrap(model, name, functools.partial(link, model)) for name, link in links.items() if hasattr(model, name)]
 
 
 def _warn_of_dropped_surgeries() -> None:

@@ -67,17 +67,18 @@ class SetRefinement(EMRefinement):
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # (argument, mask) of modules that run now, innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
-        self.inspecting = True  # whether modules around inspect a forward that starts now; forward() sets it to False
-        self.attention_inspected = False  # whether calls of attention were inspected, not only a forward's arguments
+        self.inspection = "due"  # by modules around; "open" until one of them that calls attention decides; then "done"
         self.may_warn = False  # whether the last call fitted one mixture to a sequence, without a warning so far
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
-        self.inspecting = False
+        if self.inspection == "due":
+            self.inspection = "open"
         sets, items, dim = self._axes(x.shape)
         if x.numel() == 0:
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
-        moved = x.permute(*sets, *items, dim)
+        order = (*sets, *items, dim)
+        moved = x.permute(order)
         num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
         self.may_warn = not self.causal and x.ndim == 3 and num_items > 1
         points = moved.reshape(-1, num_items, features)
@@ -93,21 +94,19 @@ class SetRefinement(EMRefinement):
                 refined = self.reconstruct(points, keep)
         finally:
             CausalityWatch.paused = False
-        inverse = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
-        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(inverse)
+        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).movedim(tuple(range(x.ndim)), order)
 
-    def resize(self, num_features: int) -> None:
-        """Take items of another width; raise ValueError if parameters depend on the width."""
-        current = self.operator.num_features
-        if num_features == current:
-            return
-        if list(self.operator.parameters()):
-            raise ValueError(f"num_features={current} must be the output's width: give num_features={num_features}")
-        self.operator = self._make_operator(self.operator.num_components, num_features).train(self.training)
+    def prepare_sets(self, shape: Sequence[int]) -> str:
+        """Take items of the width in ``shape`` unless it was given; return the number of sets and items as text.
 
-    def describe_sets(self, shape: Sequence[int]) -> str:
-        """Return the number of sets and items as text."""
-        sets, items, _ = self._axes(shape)
+        ValueError if parameters depend on another width.
+        """
+        sets, items, dim = self._axes(shape)
+        current, width = self.operator.num_features, shape[dim]
+        if width != current and not self.width_is_given:
+            if list(self.operator.parameters()):
+                raise ValueError(f"num_features={current} must be the output's width: give num_features={width}")
+            self.operator = self._make_operator(self.operator.num_components, width).train(self.training)
         hint = "" if items else ": each row is a set of its own, set_dim=0 fits one mixture to the rows of the batch"
         num_sets, num_items = (math.prod(shape[axis] for axis in axes) for axes in (sets, items))
         return f"{num_sets} sets of {num_items} item{'' if num_items == 1 else 's'}{hint}"
@@ -154,7 +153,7 @@ class SetRefinement(EMRefinement):
 def _at_items(name: str, mask: Tensor) -> Tensor:
     """Return the bool mask that is true at items, from a mask given as argument ``name``."""
     if name != "attention_mask":
-        return ~mask if mask.dtype == torch.bool else mask == 0
+        return mask == 0
     additive = mask.is_floating_point() and ~(mask > 0).any()
     return (mask > 0) | (additive & (mask > _BLOCKED))
 
@@ -215,7 +214,7 @@ def _observe(
     # A TorchFunctionMode would turn fused kernels of attention off: where they may run, inspect only the arguments.
     only_arguments = may_fuse and not operator.training and not torch.is_grad_enabled()
     try:
-        if not operator.inspecting or operator.causal or torch.compiler.is_compiling():
+        if operator.inspection != "due" or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
         if only_arguments:
             watch.inspect("attention", (), arguments)
@@ -225,17 +224,16 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if operator.inspecting or operator.attention_inspected:  # not called, or an inner module has decided
+    if operator.inspection != "open":  # not called, or an inner module has decided
         return output
     if watch.causal:
-        operator.inspecting = True  # the next forward raises, too
+        operator.inspection = "due"  # the next forward raises, too
         raise ValueError(
             f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
             f"so that earlier positions would see later ones: set causal=True"
         )
     if watch.attention:
-        operator.attention_inspected = not only_arguments
-        operator.inspecting = only_arguments  # a mask made inside is no argument: inspect the next forward too
+        operator.inspection = "due" if only_arguments else "done"  # a mask that is made inside is no argument
     elif operator.may_warn and (one_direction or watch.one_sided):
         operator.may_warn = False
         source = "recurrent layers of one direction" if one_direction else watch.one_sided

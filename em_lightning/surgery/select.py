@@ -160,28 +160,21 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
         >>> [site.path for site in find_modules(net, nn.Linear)]
         ['0', '2']
     """
+    kind = "*" if target is None else target
     check_selection(model, "where", where)
-    if target is not None:
-        check_selection(model, "target", target)
+    check_selection(model, "target", kind)
     entries = where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
-    sites = [
-        site
-        for site in walk(model)
-        if inserted or site.path in entries or not any(is_built(module) for module in site.ancestors)
-    ]
+    sites = [site for site in walk(model) if inserted or site.path in entries or not any(map(is_built, site.ancestors))]
     found: set[str] = set()
     for entry in entries:
         match = ""  # the last match of this entry; sites are in the order of the walk, so its submodules come next
         for site in sites:
             is_inside = match and site.path.startswith(f"{match}.")
-            if not is_inside and matches(site, entry) and (target is None or matches(site, target)):
+            if not is_inside and matches(site, entry) and matches(site, kind):
                 match = site.path
                 found.add(match)
-    unregistered = [
-        site.path
-        for site in (() if inserted else _unregistered(model))  # the surgery has already warned
-        if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
-    ]
+    unknown = () if inserted else _unregistered(model)  # earlier surgery has already warned
+    unregistered = [site.path for site in unknown if matches(site, where) and matches(site, kind)]
     if unregistered:
         warnings.warn(
             f"{shortened(unregistered)} stay as they are, because PyTorch does not register modules in plain lists and "

@@ -165,25 +165,21 @@ def _warn_if_shared(all_sites: list[Site], site: Site) -> list[Undo]:
     """
     if list(site.module.parameters()):
         return []  # the same weights are the same layer
-    paths = [other.path for other in all_sites if other.module is site.module]
-    if len(paths) > 1:
-        _warn_of_sharing(site.path, f"has the names {', '.join(paths)}")
-        return []
 
     def warn_once(path: str, why: str) -> None:
         counter.on_excess = _Hook()  # does nothing
-        _warn_of_sharing(path, why)
+        warnings.warn(
+            f"{path!r} {why}, and its tap joins all places where it is called: give each place an activation of its "
+            f"own, or tap the layers before it",
+            stacklevel=3,
+        )
 
     counter = CallCounter(site.path, allowed=1, on_excess=_Hook(warn_once))
+    paths = [other.path for other in all_sites if other.module is site.module]
+    if len(paths) > 1:
+        warn_once(site.path, f"has the names {', '.join(paths)}")
+        return []
     return [wrap(site.caller, "forward", counter.around), site.module.register_forward_pre_hook(counter.check).remove]
-
-
-def _warn_of_sharing(path: str, why: str) -> None:
-    warnings.warn(
-        f"{path!r} {why}, and its tap joins all places where it is called: give each place an activation of its own, "
-        f"or tap the layers before it",
-        stacklevel=3,
-    )
 
 
 def _version(tensor: Tensor) -> int:
