@@ -24,6 +24,8 @@ from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.kernels import Kernel
 
+__all__ = ["ActivationContract", "CompetitionContract", "KernelContract", "LossContract", "ModuleContract"]
+
 _NUM_ITEMS, _NUM_CENTERS = 5, 3  # in the tests of kernels
 _TOLERANCE = 1e-10  # of the identities of competition operators
 
