@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.kernels import Kernel
 
@@ -42,7 +41,7 @@ class ModuleContract:
     keeps_dtype: bool = True
 
     def make(self, **arguments: Any) -> Any:
-        """Return a new module with these constructor arguments."""
+        """Return a new module; operators and activations are given some of temperature, learnable and dim."""
         raise NotImplementedError
 
     def default(self) -> Any:
@@ -207,10 +206,6 @@ class CompetitionContract(ModuleContract):
 
     settings = {"temperature": 0.3}
 
-    def make(self, **arguments: Any) -> Competition:
-        """Return a new operator; the arguments are a subset of temperature, learnable and dim."""
-        raise NotImplementedError
-
     def example(self) -> Tensor:
         return self.energies(6, 8)
 
@@ -267,21 +262,14 @@ class CompetitionContract(ModuleContract):
     def test_gradients_of_energies_prior_and_temperature(self) -> None:
         operator = self.make(temperature=1.5, learnable=True).double()
         inputs = [self.energies(4, 4).requires_grad_(), self.energies(4).requires_grad_(), *operator.parameters()]
-
-        def call(d: Tensor, log_prior: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            return tuple(operator(d, log_prior))[1:]  # without the energies; gradcheck changes the parameters in place
-
-        assert gradcheck(call, inputs, atol=1e-6)
+        # Without the energies among the outputs; gradcheck changes the parameters in place.
+        assert gradcheck(lambda d, log_prior, *_: tuple(operator(d, log_prior))[1:], inputs, atol=1e-6)
 
 
 class ActivationContract(ModuleContract):
     """Tests of an activation: shapes, closed form, first and second derivatives, and axes."""
 
     settings = {"temperature": 0.3}
-
-    def make(self, **arguments: Any) -> Activation:
-        """Return a new activation; the arguments are a subset of temperature, learnable and dim."""
-        raise NotImplementedError
 
     def example(self) -> Tensor:
         return self.inputs(6, 8)
