@@ -298,14 +298,13 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         """Replace the handlers of the signals until the end of training."""
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
         if not trainer.fast_dev_run and threading.current_thread() is threading.main_thread():
-            handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
-            self._handlers = {number: kept for number, kept in handlers.items() if kept is not signal.SIG_IGN}
-            self._set_handlers(dict.fromkeys(self._handlers, self._receive))
+            numbers = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+            replaced = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._receive) for number in replaced}
 
-    def _set_handlers(self, handlers: Mapping[int, Any]) -> None:
-        for number, handler in handlers.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -329,11 +328,11 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         self._end_after_signal(trainer)
         if not trainer.fast_dev_run:
             self._save_last(trainer)
-        self._set_handlers(self._handlers)
+        self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._set_handlers(self._handlers)
+        self._restore_handlers()
 
     def _save_last(self, trainer: Any) -> None:
         path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
@@ -354,10 +353,9 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         if trainer.is_global_zero:
             line = f"{signal.Signals(number).name}: saved {self.last_model_path}; --ckpt_path=last resumes the run"
             print(line, file=sys.stderr, flush=True)
-        self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGTERM or not callable(self._handlers.get(number)):
             raise SystemExit(128 + number)  # here, because Lightning's handler of SIGTERM only sets a flag
         self._handlers[number](number, None)  # under SLURM, Lightning's handler of SIGUSR1 requeues the job
-        self._set_handlers(dict.fromkeys(self._handlers, self._receive))
+        signal.signal(number, self._receive)

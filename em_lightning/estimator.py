@@ -16,7 +16,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
+from em_lightning.mixture import COVARIANCES, Mixture, fit_blocks
 
 # Number of rows up to which scikit-learn's code runs. On one thread its evaluation took 0.3 to 1 times the time of the
 # code here; its EM was faster up to about 1,000 rows (4 to 16 features, 3 to 8 components) and half as fast at 4,096.
@@ -78,7 +78,12 @@ class GaussianMixture(sklearn_mixture.GaussianMixture):
             return self._remember()
         starts = [self._mixture()] if resumes else (self._start(X, row_weights, random) for _ in range(self.n_init))
         previous = self.lower_bound_ if resumes else None  # type: ignore[has-type]
-        fits = (self._iterate(X, row_weights, start, number, previous) for number, start in enumerate(starts))
+        options: Any = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar, "report": self._report}
+        fits = []
+        for number, start in enumerate(starts):
+            if self.verbose:
+                print(f"Initialization {number}")
+            fits.append(fit_blocks(lambda: _blocks(X, row_weights), start, previous=previous, **options))
         best = max(fits, key=lambda fit: fit.log_likelihoods[-1:])  # a list, which is empty for max_iter=0
         self._check_covariances(best.mixture)
         if not best.converged and self.max_iter > 0:
@@ -146,19 +151,9 @@ class GaussianMixture(sklearn_mixture.GaussianMixture):
                 "rows; increase reg_covar, decrease n_components, or remove constant columns"
             )
 
-    def _iterate(
-        self, X: np.ndarray, row_weights: np.ndarray | None, start: Mixture, number: int, previous: float | None
-    ) -> BlockFit:
-        """Run EM from start ``number``; ``previous`` is the last log-likelihood per row of an earlier fit."""
-
-        def report(iteration: int, log_likelihood: float) -> None:
-            if self.verbose and iteration % self.verbose_interval == 0:
-                print(f"  Iteration {iteration}: log-likelihood {log_likelihood:.5f} per row")
-
-        if self.verbose:
-            print(f"Initialization {number}")
-        options: dict[str, Any] = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar}
-        return fit_blocks(lambda: _blocks(X, row_weights), start, previous=previous, report=report, **options)
+    def _report(self, iteration: int, log_likelihood: float) -> None:
+        if self.verbose and iteration % self.verbose_interval == 0:
+            print(f"  Iteration {iteration}: log-likelihood {log_likelihood:.5f} per row")
 
     def _set_attributes(self, mixture: Mixture, to_library: Callable[[np.ndarray], Any], dtype: np.dtype) -> None:
         covariance, weights, covariances = COVARIANCES[self.covariance_type], mixture.weights[0], mixture.covariances

@@ -57,23 +57,20 @@ class SurgicalCallback(Callback):
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
             self.surgery = surgery_by(pl_module, self.state_key)
             return
-        self.surgery = Surgery(pl_module, by=self.state_key)
+        surgery = self.surgery = Surgery(pl_module, by=self.state_key)
         base: Any = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
         methods = {name: MethodType(getattr(base, name), pl_module) for name in ("setup", "configure_model")}
         builders = [name for name, method in methods.items() if getattr(pl_module, name) != method]  # overridden
-        self._apply_so_far(self.surgery, raise_if_unmatched=not builders)
-        for name in builders:
-            around = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
-            self._undos.append(wrap(pl_module, name, around))
+        self._apply_so_far(surgery, raise_if_unmatched=not builders)
 
-    def _apply_after_builder(
-        self, surgery: Surgery, is_last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        result = proceed(*args, **kwargs)
-        self._apply_so_far(surgery, raise_if_unmatched=is_last)
-        if is_last:
-            undo_all(self._undos)
-        return result
+        def build(is_last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = proceed(*args, **kwargs)
+            self._apply_so_far(surgery, raise_if_unmatched=is_last)
+            if is_last:
+                undo_all(self._undos)
+            return result
+
+        self._undos = [wrap(pl_module, name, functools.partial(build, name == builders[-1])) for name in builders]
 
     def _apply_so_far(self, surgery: Surgery, raise_if_unmatched: bool) -> None:
         try:

@@ -103,8 +103,7 @@ class PosteriorMonitor(Callback):
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._last: dict[str, Tensor | None] = {}  # energies of the last call since _start, units last; None: skipped
-        self._products: dict[str, Tensor] = {}  # of gradients, by layer: task @ task, EM @ EM, task @ EM
-        self._task_curvatures: dict[str, dict[str, Tensor]] = {}
+        self._compared: dict[str, dict[str, Tensor]] = {}  # by layer: values of the first loss that depends on it
         self._warned: set[str] = set()  # layers, or the selection, of which a warning was given
         self._undos: list[Callable[[], Any]] = []
 
@@ -122,7 +121,7 @@ class PosteriorMonitor(Callback):
     def _stop(self) -> None:
         if self._taps is not None:
             self._taps.remove()
-        self._taps, self._last, self._products, self._task_curvatures = None, {}, {}, {}
+        self._taps, self._last, self._compared = None, {}, {}
 
     def _skip(self, path: str, error: Exception) -> None:
         self._last[path] = None  # otherwise the metrics of its other calls would be logged as those of the layer
@@ -153,8 +152,7 @@ class PosteriorMonitor(Callback):
                 for tensor in with_gradient[path] or tensors:  # without calls under no_grad, such as of a teacher
                     self._measure(path, tensor.detach())
         if loss is not None and loss.requires_grad:
-            done = {*self._products, *self._task_curvatures}  # the first loss of a step counts
-            layers = {path: tensors for path, tensors in with_gradient.items() if tensors and path not in done}
+            layers = {path: ts for path, ts in with_gradient.items() if ts and path not in self._compared}
             with self._tolerating(self.where, "compares no gradients of"):
                 self._compare(loss, layers)
 
@@ -173,7 +171,7 @@ class PosteriorMonitor(Callback):
         self._last[path] = tensor.movedim(dim, -1)
 
     def _compare(self, loss: Tensor, layers: dict[str, list[Tensor]]) -> None:
-        """Store the inner products of the gradients of both losses at each layer, and the curvature of the task's loss.
+        """Compare the gradients of both losses at each layer, and measure the curvature of the task's loss.
 
         One backward pass gives the gradients of the task's loss at all layers.
         """
@@ -181,6 +179,7 @@ class PosteriorMonitor(Callback):
         if self.loss is not None and flat:  # reentrant checkpoints raise here, as they take only loss.backward()
             task_gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
         for path, tensors in layers.items():
+            values = self._compared[path] = {}
             if self.loss is not None:
                 of_task = [next(task_gradients) for _ in tensors]
                 with self._tolerating(path, "compares no gradients of"):
@@ -190,11 +189,14 @@ class PosteriorMonitor(Callback):
                         energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
                         of_em = torch.autograd.grad(self.loss.total(energies), leaves)
                     task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (of_task, of_em))
-                    self._products[path] = torch.stack([task @ task, em @ em, task @ em])
+                    task_square, em_square, product = global_sum(torch.stack([task @ task, em @ em, task @ em]))
+                    values["dominance"] = (task_square / em_square).sqrt()
+                    norms = task_square.sqrt() * em_square.sqrt()
+                    values["cosine"] = product / norms.clamp_min(torch.finfo(norms.dtype).tiny)
             if self.task_curvature:
                 with self._tolerating(path, "measures no task_curvature of"):
                     num_items = sum(t.numel() // t.shape[self._axes[path](t.shape)] for t in tensors)
-                    self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
+                    values["task_curvature"] = num_items * _hessian_norm(loss, tensors)
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():
@@ -210,11 +212,7 @@ class PosteriorMonitor(Callback):
             some = items[:: math.ceil(len(items) / _MAX_ITEMS)]
             curvatures = curvature(softmin(some).responsibilities)
             values.update(curvature_mean=curvatures.mean(), curvature_max=curvatures.amax())
-        if path in self._products:
-            task, em, product = global_sum(self._products[path])
-            values["dominance"] = (task / em).sqrt()
-            values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
-        values.update(self._task_curvatures.get(path, {}))
+        values.update(self._compared.get(path, {}))
         named = {f"{prefix}/{path}/{name}": value for name, value in values.items()}
         if prefix == "em":
             # log_dict() takes as long for the values of a layer as a training step of a small model.

@@ -1,5 +1,0 @@
-"""Figures of mixtures."""
-
-from em_lightning.plots.figures import mixture_grid
-
-__all__ = ["mixture_grid"]
