@@ -217,7 +217,7 @@ class StreamedEM(NamedTuple):
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)
             covariances = self.frame.enter_parameters(mixture.parameters()).covariances
             after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
-            return Mixture(*self.frame.leave_parameters(after))
+            return Mixture(*after).affine(scale, center)
 
 
 class BlockFit(NamedTuple):
