@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_lightning import EMOperator, Mixture
+from em_lightning.competition import Softmin
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
 from em_lightning.mixture.backends import compiler, native, use_backend
 from em_lightning.mixture.backends.compiler import load
@@ -431,10 +432,10 @@ def test_components_without_points_or_weight(dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.3, torch.tensor(2.0, dtype=torch.float64)])
-def test_temperature(dtype, temperature):
+@pytest.mark.parametrize("competition", [Softmin(0.3), Softmin(2.0, learnable=True).double()])
+def test_temperature(dtype, competition):
     x, parameters = problem(dtype)
-    compare("full", x, parameters, temperature=temperature)
+    compare("full", x, parameters, competition=competition)
 
 
 @needs_compiler

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from em_lightning.competition import Competition, Softmin
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, half_log_two_pi
 from em_lightning.mixture.points import Frame, Parameters, Points
+
+POSTERIOR = Softmin()  # the competition whose responsibilities are the posterior over components
 
 
 class BackgroundTerms(NamedTuple):
@@ -60,6 +63,13 @@ class SufficientStatistics(NamedTuple):
     background_mass: Tensor
     num_points: Tensor
 
+    @classmethod
+    def of_gaussians(cls, points: Points, sums: Tensor, log_likelihood: Tensor) -> SufficientStatistics:
+        """Return the statistics of Gaussian components without a background from their sums (B, K, F)."""
+        mass, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
+        mass, no_background = mass.squeeze(-1), torch.zeros_like(points.mass)
+        return cls(mass, mass, first, second, log_likelihood, no_background, points.num_points)
+
     def plus(self, other: SufficientStatistics) -> SufficientStatistics:
         """Return the sum of both, the statistics of all points."""
         return SufficientStatistics(*(a + b for a, b in zip(self, other, strict=True)))
@@ -85,11 +95,10 @@ def e_step(
     points: Points,
     parameters: Parameters,
     likelihood: Likelihood,
-    respond: Callable[[Tensor], Tensor] | None = None,
+    competition: Competition = POSTERIOR,
+    mask: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
-    couples_points: bool = False,
 ) -> SufficientStatistics:
     r"""Return the sufficient statistics of points under the responsibilities of a mixture.
 
@@ -97,18 +106,19 @@ def e_step(
         r_{nk} = \frac{\pi_k p_k(x_n)}{\sum_j \pi_j p_j(x_n)}, \qquad
         \text{statistics}_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
 
-    Letters are those of :class:`SufficientStatistics`, coordinates those of the frame. ``respond`` maps joint
-    log-densities (B, K, N), with the background last, to responsibilities; by default it is the softmax of their
-    quotient by the ``temperature``. ``couples_points`` tells whether ``respond`` needs all points of a set at once.
+    Letters are those of :class:`SufficientStatistics`, coordinates those of the frame. Another ``competition`` computes
+    other responsibilities from energies, which are minus the joint log-densities, with the background last. Points with
+    a false ``mask`` (B, N) do not take part in a competition that couples points.
     """
-    tempered = is_tempered(temperature)
-    plain = respond is None and likelihood.kernel is None and likelihood.background is None
+    tempered, is_softmin = not is_posterior(competition), isinstance(competition, Softmin)
+    plain = is_softmin and likelihood.kernel is None and likelihood.background is None
     # With a temperature, the native log-likelihood would be that of the tempered densities.
     tensors = points.weights, *parameters
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, tensors):
-        arguments = _native_arguments(points, parameters, likelihood.family, temperature)
-        return statistics_of_sums(points, *native.e_step(*arguments, with_log_likelihood))
+        arguments = _native_arguments(points, parameters, likelihood.family, competition)
+        return SufficientStatistics.of_gaussians(points, *native.e_step(*arguments, with_log_likelihood))
     theta, peak = likelihood.family.natural_parameters(parameters)
+    coupling = {"item_dim": 2, "mask": mask} if competition.couples_items else {}
 
     def sums_of_block(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
@@ -117,10 +127,11 @@ def e_step(
         lifted = points.lift(block, sets)
         joint, irls_weights = log_joint(lifted, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, background)
-        if respond is None:
-            responsibilities = (joint / temperature if tempered else joint).softmax(1)
+        if is_softmin:
+            responsibilities = (joint / competition.temperature if tempered else joint).softmax(1)
         else:  # competitions may depend on the unit of the densities: convert to the user's units
-            responsibilities = respond(joint - points.log_jacobian()[sets, None, None]).to(joint.dtype)
+            energies = points.log_jacobian()[sets, None, None] - joint
+            responsibilities = competition(energies, dim=1, **coupling).responsibilities.to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
             log_p = joint.logsumexp(1)
@@ -136,7 +147,7 @@ def e_step(
 
     numbers_per_point = max(theta.shape[1:])  # K joint log-densities or F features
     tensors = (theta, peak, *(likelihood.background or ()))
-    block_sizes = (2**62, 2**62) if couples_points else None  # one block of all sets and points
+    block_sizes = (2**62, 2**62) if coupling else None  # one block of all sets and points
     results = sum_blocks(sums_of_block, (points.x, points.weights), tensors, numbers_per_point, block_sizes)
     mass, moments, log_likelihood, background_mass = results
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
@@ -144,28 +155,23 @@ def e_step(
     return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
 
 
-def is_tempered(temperature: float | Tensor) -> bool:
-    """Return whether a temperature may be other than 1; the value of a tensor is not read."""
-    return isinstance(temperature, Tensor) or temperature != 1.0
-
-
-def statistics_of_sums(points: Points, sums: Tensor, log_likelihood: Tensor) -> SufficientStatistics:
-    """Return the statistics of Gaussian components without a background from their sums (B, K, F)."""
-    mass, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
-    mass, no_background = mass.squeeze(-1), torch.zeros_like(points.mass)
-    return SufficientStatistics(mass, mass, first, second, log_likelihood, no_background, points.num_points)
+def is_posterior(competition: Competition) -> bool:
+    """Return whether the competition is softmin of temperature 1, without reading the value of a tensor."""
+    temperature = competition.temperature if isinstance(competition, Softmin) else None
+    return not isinstance(temperature, Tensor) and temperature == 1.0
 
 
 def _native_arguments(
-    points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
+    points: Points, parameters: Parameters, family: Covariance, competition: Competition = POSTERIOR
 ) -> tuple[Any, ...]:
-    """Return the first arguments of the operators in ``native.py``; a temperature T divides joint log-densities."""
+    """Return the first arguments of the operators in ``native.py``; the competition is softmin."""
     log_weights, means, covariances = parameters
     factors = family.factorize(covariances, means)
     factor, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factors)  # per component
     peak = family.log_peak(log_weights, inverse, points.num_features)
-    if is_tempered(temperature):  # covariances are multiplied by T
-        peak, factor, inverse = peak / temperature, factor * temperature**0.5, inverse / temperature**0.5
+    if not is_posterior(competition):  # a temperature T divides joint log-densities: covariances are multiplied by it
+        root = competition.temperature**0.5
+        peak, factor, inverse = peak / competition.temperature, factor * root, inverse / root
     return points.x, points.weights, means, inverse, peak, factor.detach(), *points.frame, family.native_kind
 
 

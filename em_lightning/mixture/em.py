@@ -9,12 +9,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from em_lightning.competition import Competition
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import Covariance, covariance_of
 from em_lightning.mixture.covariance.cholesky import is_factorized_natively
-from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, is_tempered, statistics_of_sums
+from em_lightning.mixture.e_step import POSTERIOR, Likelihood, SufficientStatistics, e_step, is_posterior
 from em_lightning.mixture.m_step import PseudoCounts, m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.points import Frame, Parameters, Points, power_of_two, prepare
@@ -68,27 +69,25 @@ def iteration(
     floor: Tensor,
     prior: PseudoCounts | None = None,
     background: UniformBackground | None = None,
-    respond: Callable[[Tensor], Tensor] | None = None,
+    competition: Competition = POSTERIOR,
+    mask: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
-    couples_points: bool = False,
 ) -> tuple[Parameters, SufficientStatistics]:
     """Return the parameters after an EM iteration, and its statistics; arguments are those of e_step and m_step.
 
     C++ does the whole step if it is that of Gaussian components without a prior, and no derivative is wanted.
     """
     family, tensors, covariances = likelihood.family, (points.weights, *parameters), parameters.covariances
-    others = prior, background, respond, likelihood.kernel, likelihood.background
-    plain = family.native_m_step and not is_tempered(temperature) and all(part is None for part in others)
+    others = prior, background, likelihood.kernel, likelihood.background
+    plain = family.native_m_step and is_posterior(competition) and all(part is None for part in others)
     # A whole step has the factors of C++ only: for equal results of singular covariances, separate ones must have them.
     plain = plain and (family.native_kind != "full" or is_factorized_natively(covariances))
     if plain and native.serves_step(points.x, family, tensors):
         arguments = points.x, *tensors, *points.frame, floor, family.native_kind, with_log_likelihood
         sums, log_likelihood, *after = native.em_step(*arguments)
-        return Parameters(*after), statistics_of_sums(points, sums, log_likelihood)
-    options = {"with_log_likelihood": with_log_likelihood, "couples_points": couples_points}
-    statistics = e_step(points, parameters, likelihood, respond, temperature=temperature, **options)
+        return Parameters(*after), SufficientStatistics.of_gaussians(points, sums, log_likelihood)
+    statistics = e_step(points, parameters, likelihood, competition, mask, with_log_likelihood=with_log_likelihood)
     return m_step(statistics, family, floor, covariances, prior, background), statistics
 
 
@@ -217,7 +216,7 @@ class StreamedEM(NamedTuple):
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)
             covariances = self.frame.enter_parameters(mixture.parameters()).covariances
             after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
-            return Mixture(*self.frame.leave_parameters(after))
+            return Mixture(*after).affine(scale, center)
 
 
 class BlockFit(NamedTuple):

@@ -225,8 +225,8 @@ register_dataclass(Mixture, serialized_type_name="em_lightning.Mixture")
 
 def mixture_of(points: Points, parameters: Parameters, covariance: Covariance, dtype: torch.dtype) -> Mixture:
     """Convert parameters in frame coordinates to a mixture in the user's units."""
-    public = parameters._replace(covariances=covariance.to_public(parameters.covariances))
-    return Mixture(*(part.to(dtype) for part in points.frame.leave_parameters(public)))
+    mixture = Mixture(*parameters._replace(covariances=covariance.to_public(parameters.covariances)))
+    return mixture.affine(points.frame.scale, points.frame.center).to(dtype)
 
 
 def check_points(mixture: Mixture, x: Tensor) -> None:

@@ -49,13 +49,6 @@ class Frame(NamedTuple):
         means = (means - self.center.unsqueeze(1)) / self.scale[:, None, None]
         return Parameters(log_weights, means, covariances / ratio)
 
-    def leave_parameters(self, parameters: Parameters) -> Parameters:
-        """Convert parameters from frame coordinates to the user's units."""
-        log_weights, means, covariances = parameters
-        ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
-        means = means * self.scale[:, None, None] + self.center.unsqueeze(1)
-        return Parameters(log_weights, means, covariances * ratio)
-
 
 class Points(NamedTuple):
     """A batch of point sets with the frame of their coordinates.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.checks import check_at_least, check_choice
-from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
+from em_lightning.competition import COMPETITIONS, Background, Posterior
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
@@ -277,20 +277,10 @@ class EMOperator(SetOperator):
         self, sets: Sets, state: Parameters, with_objective: bool = False
     ) -> tuple[Parameters, SufficientStatistics, Tensor]:
         """Return the state after exact EM, the statistics, and the objective (B,), which is 0 if not requested."""
-        points, competition = sets.points, self.competition
+        points = sets.points
         likelihood = self._likelihood(points, state, self.family)
-
-        def respond(joint: Tensor) -> Tensor:  # both (B, K, N); energies are minus joint log-densities
-            coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
-            return competition(-joint, dim=1, **coupling).responsibilities
-
-        options: dict[str, Any] = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
-        if isinstance(competition, Softmin):  # the competition that the E-step has by default
-            options["temperature"] = competition.temperature
-        else:
-            options["respond"] = respond
-        given = sets.floor, sets.pseudo_counts, self.background
-        after, statistics = iteration(points, state, likelihood, *given, **options)
+        given = sets.floor, sets.pseudo_counts, self.background, self.competition, sets.mask
+        after, statistics = iteration(points, state, likelihood, *given, with_log_likelihood=with_objective)
         if not with_objective:
             return after, statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_jacobian() * points.mass

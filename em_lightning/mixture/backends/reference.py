@@ -48,13 +48,16 @@ def _over_blocks(
     n = max(min(num_points, block_size // numbers_per_point), 1)  # points per block
     b = max(block_size // (numbers_per_point * n), 1)  # sets per block
     set_blocks, point_blocks = -(-num_sets // b), -(-num_points // n)  # rounded up
+    tensors = [tensor for tensor in (*of_points, *of_sets) if tensor is not None]
+    if torch.is_grad_enabled() and have_memory(*tensors):  # torch.func: no own memory, and no checkpoints
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     joined = []
     # The gradient of a split is one concatenation, that of a slice a tensor of full size per block.
     parts = zip(_split(of_points, b, 0, set_blocks), _split(of_sets, b, 0, set_blocks), strict=True)
     for i, (own_points, own_sets) in enumerate(parts):
         sets = slice(i * b, min((i + 1) * b, num_sets))
         blocks = _split(own_points, n, -1, point_blocks)
-        joined.append(join(_recomputed(function, sets, *block, *own_sets) for block in blocks))
+        joined.append(join(function(sets, *block, *own_sets) for block in blocks))
     return tuple(_cat(results, 0) for results in zip(*joined, strict=True))
 
 
@@ -79,13 +82,6 @@ def _split(tensors: Tensors, size: int, dim: int, count: int) -> list[tuple[Tens
     """Return the parts of all tensors, one tuple for each of ``count`` blocks of ``size`` entries along an axis."""
     parts = [[None] * count if tensor is None else tensor.split(size, dim) for tensor in tensors]
     return list(zip(*parts, strict=True)) if parts else [()] * count
-
-
-def _recomputed(function: BlockFunction, *arguments: slice | Tensor | None) -> tuple[Tensor, ...]:
-    tensors = [part for part in arguments if isinstance(part, Tensor)]
-    if not torch.is_grad_enabled() or not have_memory(*tensors):  # torch.func: no own memory, and no checkpoints
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def have_memory(*tensors: Tensor) -> bool:

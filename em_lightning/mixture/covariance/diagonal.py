@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,14 @@ class DiagonalCovariance(FullCovariance):
         return num_components, num_features
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        return num_components * num_features
+        return math.prod(self.shape(num_components, num_features))
 
     def variances(self, covariances: Tensor) -> Tensor:
         """Return covariances as (B, K, D), or (B, K, 1) where features share them."""
         return covariances
 
     def pack(self, variances: Tensor) -> Tensor:
-        """Return covariances for variances (B, K, D) or (B, K, 1), averaged where features share one."""
+        """Return the covariances of variances (B, K, D) or (B, K, 1), averaged where features share one."""
         return variances
 
     def second_degree(self, x: Tensor) -> Tensor:
@@ -68,12 +70,6 @@ class DiagonalCovariance(FullCovariance):
         least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make variances negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
-    def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        return self.pack(variance.unsqueeze(1).expand(-1, num_components, -1))
-
-    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        return self.pack(self.variances(covariances) * ratio.unsqueeze(-1))
-
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
         return self.variances(covariances).expand(-1, -1, num_features)
 
@@ -110,9 +106,6 @@ class SphericalCovariance(DiagonalCovariance):
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return (num_components,)
-
-    def num_parameters(self, num_components: int, num_features: int) -> int:
-        return num_components
 
     def variances(self, covariances: Tensor) -> Tensor:
         return covariances.unsqueeze(-1)

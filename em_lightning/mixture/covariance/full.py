@@ -75,11 +75,11 @@ class FullCovariance:
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
         """Return the number of free parameters of the covariances."""
-        return num_components * num_features * (num_features + 1) // 2
+        return self.shape(num_components, num_features)[0] * num_features * (num_features + 1) // 2
 
     def sharing(self, num_components: int) -> int:
         """Return how many components share a covariance."""
-        return 1
+        return num_components // self.shape(num_components, 1)[0]
 
     # The E-step.
 
@@ -145,10 +145,10 @@ class FullCovariance:
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Return the scatter (B, K, S) divided by the mass (B, K), over all components that share a covariance."""
-        return scatter / mass.unsqueeze(-1)
+        return self.pool(scatter) / self.pool(mass).unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
-        """Return the average of values (B, K, ...) over components that share a covariance."""
+        """Return the average of values (B, K, ...) or (B, 1, ...) over components that share a covariance."""
         return values
 
     def matrix(self, upper: Tensor, num_features: int) -> Tensor:
@@ -163,11 +163,17 @@ class FullCovariance:
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return the covariances of components that all have the variances (B, D) of the features, uncorrelated."""
-        return variance.unsqueeze(1).expand(-1, num_components, -1).diag_embed()
+        num_covariances = self.shape(num_components, variance.shape[-1])[0]
+        return self.pack(variance.unsqueeze(1).expand(-1, num_covariances, -1))
+
+    def pack(self, variances: Tensor) -> Tensor:
+        """Return the covariances of uncorrelated features with variances (B, K, D)."""
+        return variances.diag_embed()
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
         """Return covariances multiplied by a ratio (B, K) or (B, 1)."""
-        return covariances * ratio[..., None, None]
+        ratio = self.pool(ratio)
+        return covariances * ratio.reshape(*ratio.shape, *[1] * (covariances.ndim - 2))
 
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
         """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
@@ -220,7 +226,7 @@ class FullCovariance:
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``, stretch (B, K, D)."""
-        g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        g = (axes * self.pool(stretch).exp().unsqueeze(-2)) @ axes.mT
         least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return g @ (covariances - least) @ g.mT + least
 
@@ -240,23 +246,5 @@ class TiedCovariance(FullCovariance):
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return 1, num_features, num_features
 
-    def num_parameters(self, num_components: int, num_features: int) -> int:
-        return num_features * (num_features + 1) // 2
-
-    def sharing(self, num_components: int) -> int:
-        return num_components
-
-    def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
-        return scatter.sum(1, keepdim=True) / mass.sum(1, keepdim=True).unsqueeze(-1)
-
     def pool(self, values: Tensor) -> Tensor:
         return values.mean(1, keepdim=True)
-
-    def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        return super().expand(variance, 1)
-
-    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        return super().scaled(covariances, ratio.mean(1, keepdim=True))
-
-    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        return super().stretched(covariances, axes, stretch.mean(1, keepdim=True), floor)

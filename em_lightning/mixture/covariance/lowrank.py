@@ -82,10 +82,10 @@ class LowRankCovariance(FullCovariance):
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
         return self._factor_analysis(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
-    def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U U^T``."""
-        root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
-        root_share = _INITIAL_SHARE**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
+    def pack(self, variances: Tensor) -> Tensor:
+        """Return ``diag(variances)`` (B, K, D) with half of the first R variances in ``U U^T``."""
+        root = variances.sqrt()
+        root_share = _INITIAL_SHARE**0.5 * identity(variances.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * root_share
         noise = (root.square() - loadings.square().sum(-1)).sqrt()
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
