@@ -163,7 +163,6 @@ class GaussianMixtureModule(EMModule):
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
         """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
-        mixture = mixture.map(lambda part: part.detach().to(self.center))
         self._assign(mixture)
         self.center.copy_(mixture.mean if center is None else center)
         self.variance.copy_(mixture.variance if variance is None else variance)
