@@ -261,8 +261,7 @@ class GaussianMixtureModule(EMModule):
         self.log("train/log_likelihood", self.log_likelihood, prog_bar=True, **options)
         if self.iterations > 1:  # the first change is infinite
             self.log("train/change", self.change, **options)
-        if self.trainer.strategy.reduce_boolean_decision(self.converged):
-            self.trainer.should_stop = True
+        self.trainer.should_stop |= self.trainer.strategy.reduce_boolean_decision(self.converged)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
