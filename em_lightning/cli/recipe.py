@@ -148,7 +148,7 @@ class RecipeCLI(LightningCLI):
             raise
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # Lightning does not; it may abort (pytorch/pytorch#190489)
+                torch.distributed.destroy_process_group()  # an open one may abort the process (pytorch/pytorch#190489)
 
     def short_help(self, parser: LightningArgumentParser) -> str:
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
