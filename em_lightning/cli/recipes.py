@@ -8,10 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from em_lightning.cli.recipe import RecipeCLI
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Recipe:
         """Print a line on the data and one on the model, then train; ``args`` are those of a LightningCLI."""
         self.prepare(args).fit()
 
-    def prepare(self, args: Sequence[str]) -> RecipeCLI:
+    def prepare(self, args: Sequence[str]) -> Any:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         from em_lightning.cli.recipe import RecipeCLI  # loads Lightning, which `ls` and `cp` do not need
 

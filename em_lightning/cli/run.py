@@ -34,8 +34,9 @@ def run(name: str, args: Sequence[str]) -> None:
     folder = Path("lightning_logs") / script.stem
     logger = next((word for word in rest if word.startswith("--trainer.logger")), None)
     tables = [(path, content["table"]) for path, content in zip(paths, contents, strict=True) if content.get("table")]
-    if any(word.partition("=")[0] in ("-h", "--help", "--print_config") for word in rest):
-        load_recipe(script).fit(arguments)  # prints and exits
+    prints = any(word.partition("=")[0] in ("-h", "--help", "--print_config") for word in rest)  # and exits
+    if prints or not (tables or options.seeds or options.jobs):
+        load_recipe(script).fit(arguments)
     elif logger and (tables or options.seeds):
         raise ValueError(f"{logger} must not be given with --seeds or the config of a table, which set the loggers")
     elif tables:
@@ -52,7 +53,5 @@ def run(name: str, args: Sequence[str]) -> None:
         from em_lightning.studies.grid import run_seeds
 
         run_seeds(functools.partial(load_recipe, script), folder, arguments, options.seeds, options.jobs)
-    elif options.jobs:
-        raise ValueError(f"--jobs={options.jobs} must be given together with --seeds or the config of a table")
     else:
-        load_recipe(script).fit(arguments)
+        raise ValueError(f"--jobs={options.jobs} must be given together with --seeds or the config of a table")

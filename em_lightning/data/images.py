@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ MNIST_HASHES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-_SPLIT_SEED = 0  # the same validation items for every seed
 
 
 @dataclass(eq=False, repr=False)
@@ -103,13 +102,10 @@ class TensorDataModule(SplitDataModule):
             published tables do; do not select models by that score.
     """
 
+    shape: ClassVar[tuple[int, ...]]  # of an item
     batch_size: int = 128
     eval_batch_size: int = 2000
     val_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.shape: tuple[int, ...]
 
     @property
     def num_features(self) -> int:
@@ -135,7 +131,8 @@ class TensorDataModule(SplitDataModule):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
-            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+            fixed = torch.Generator().manual_seed(0)  # the same validation items for every seed
+            order = torch.randperm(len(train.y), generator=fixed)
             parts = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values  # in the given order
             train, val = (Tensors(train.x[rows], train.y[rows]) for rows in parts)
         return {"train": train, "val": val, "test": test}

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MethodType
 from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -207,17 +205,16 @@ class TableBlocks(RankLoader):
 
     def _checked(self, points: Tensor, weights: Tensor | None, rows: Tensor) -> TableBatch:
         """Return a block; raise ValueError if a weight is negative or NaN, or a point of positive weight not finite."""
-        if weights is not None and not bool((weights >= 0).all()):
-            bad = int((weights >= 0).int().argmin())
-            assert self.weights is not None
-            place = self.weights.locate(int(rows[bad]))
-            raise ValueError(f"weights must be at least 0 and not NaN, got {float(weights[bad])} in {place}")
-        finite = torch.isfinite(points).all(1)
+        valid = torch.isfinite(points).all(1)
         if weights is not None:
-            finite |= weights == 0
-        if not bool(finite.all()):
-            bad = int(finite.int().argmin())
-            raise ValueError(f"data must be finite, got {points[bad].tolist()} in {self.table.locate(int(rows[bad]))}")
+            valid = torch.where(weights > 0, valid, weights == 0)
+        if not bool(valid.all()):
+            bad = int(valid.int().argmin())
+            row = int(rows[bad])
+            if weights is not None and self.weights is not None and not weights[bad] >= 0:
+                got = f"{float(weights[bad])} in {self.weights.locate(row)}"
+                raise ValueError(f"weights must be at least 0 and not NaN, got {got}")
+            raise ValueError(f"data must be finite, got {points[bad].tolist()} in {self.table.locate(row)}")
         return TableBatch(points, weights)
 
     def sample(self, size: int, seed: int = 0) -> TableBatch:
@@ -258,7 +255,7 @@ class TabularDataModule(SplitDataModule):
         super().__post_init__()
         if self.held_out is None:
             # Lightning skips validation if the method is its own, but warns of an empty list of loaders.
-            self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
+            self.val_dataloader = super(SplitDataModule, self).val_dataloader  # type: ignore[method-assign]
 
     @cached_property
     def tables(self) -> dict[str, Table]:

@@ -163,7 +163,6 @@ class GaussianMixtureModule(EMModule):
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
         """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
-        mixture = mixture.map(lambda part: part.detach().to(self.center))
         self._assign(mixture)
         self.center.copy_(mixture.mean if center is None else center)
         self.variance.copy_(mixture.variance if variance is None else variance)
@@ -262,8 +261,7 @@ class GaussianMixtureModule(EMModule):
         self.log("train/log_likelihood", self.log_likelihood, prog_bar=True, **options)
         if self.iterations > 1:  # the first change is infinite
             self.log("train/change", self.change, **options)
-        if self.trainer.strategy.reduce_boolean_decision(self.converged):
-            self.trainer.should_stop = True
+        self.trainer.should_stop |= self.trainer.strategy.reduce_boolean_decision(self.converged)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
