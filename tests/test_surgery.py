@@ -23,6 +23,7 @@ from em_lightning.surgery import (
     recorded_plan,
     replace_modules,
     restore_surgery,
+    surgery_by,
     swap_activations,
     wrap,
 )
@@ -304,6 +305,21 @@ def test_operated_model_can_be_copied_and_pickled():
         assert [entry["path"] for entry in checkpoint["em_lightning"]["surgery"]] == ["encoder.1", "encoder.3"]
         assert twin.on_save_checkpoint.owner is twin
         twin(torch.randn(2, 6))
+
+
+def test_a_copied_model_gets_a_surgery_of_its_own():
+    model = net()
+    before = set(vars(model))
+    surgery = Surgery(model, by="SwapActivations(where=*)")
+    other = Surgery(model, by="InsertEMOperator(where=0)")
+    assert surgery_by(model, surgery.by) is surgery and surgery_by(model, other.by) is other
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = surgery_by(twin, surgery.by)
+        assert own.model is twin and not own.changes and surgery_by(twin, surgery.by) is own
+    surgery.undo()
+    assert surgery_by(model, other.by) is other
+    other.undo()
+    assert set(vars(model)) == before
 
 
 def test_a_swap_without_parameters_does_not_load_into_a_plain_model():

@@ -88,15 +88,11 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            Observation.enabled = False  # taps record nothing, and first calls print nothing
             model.eval()
-            try:
-                # Under a function mode, nn.MultiheadAttention uses no fused kernels, whose softmax cannot be seen.
-                with BaseTorchFunctionMode(), _Recorder(model) as recorder:
-                    run() if run else _run(model, batch)
-                return recorder.findings()
-            finally:
-                Observation.enabled = True
+            # Under a function mode, nn.MultiheadAttention uses no fused kernels, whose softmax cannot be seen.
+            with BaseTorchFunctionMode(), _Recorder(model) as recorder:
+                run() if run else _run(model, batch)
+            return recorder.findings()
 
 
 def _run(model: Any, batch: Any) -> None:
@@ -164,8 +160,10 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
             object.__setattr__(module, "__dict__", vars(other))
         if trainer is not None:
             model.trainer = trainer  # LightningModule does not copy it
+        Observation.enabled = False  # taps record nothing, and first calls print nothing
         yield batch
     finally:
+        Observation.enabled = True
         for module, state in states.items():
             object.__setattr__(module, "__dict__", state)
 

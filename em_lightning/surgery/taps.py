@@ -113,18 +113,17 @@ class Taps:
     def _register(self, module: nn.Module, path: str) -> Undo:
         if self.tap == "output":
             return module.register_forward_hook(_Hook(lambda _, inputs, output: self._capture(path, output))).remove
-        hook = _Hook(lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs))
-        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
-    def _capture_input(self, path: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        passed = self._capture(path, (*inputs, *kwargs.values()))
-        num_inputs = len(inputs)
-        return None if passed is None else (passed[:num_inputs], dict(zip(kwargs, passed[num_inputs:], strict=True)))
+        def capture_input(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            passed = self._capture(path, (*inputs, *kwargs.values()))
+            return passed[: len(inputs)], dict(zip(kwargs, passed[len(inputs) :], strict=True))
+
+        return module.register_forward_pre_hook(_Hook(capture_input), with_kwargs=True).remove
 
     def _capture(self, path: str, value: Any) -> Any:
-        """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
+        """Keep the first tensor of a value; return the value, with ``detach`` with a detached tensor in its place."""
         if not (self.recording and Observation.enabled):  # off during an audit
-            return None
+            return value
         try:
             tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")
             dim = self.axes[path](tensor.shape)
@@ -132,14 +131,14 @@ class Taps:
             if self.skip is None:
                 raise
             self.skip(path, error)
-            return None
+            return value
         if path not in self.seen:
             announce(path, self.tap, tensor.shape, dim, self.verbose)
         self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)
         self.captured.append((path, tensor, _version(tensor)))
-        return put(tensor.detach()) if self.detach else None
+        return put(tensor.detach()) if self.detach else value
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
         """Remove and return the wanted tensors by path; raise RuntimeError if one was overwritten in place."""
