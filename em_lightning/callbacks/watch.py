@@ -207,10 +207,9 @@ class PosteriorMonitor(Callback):
 
     def _log(self, trainer: Any, pl_module: Any, prefix: str, path: str, energies: Tensor) -> None:
         values = self._metrics[path].compute()
+        responsibilities = softmin(energies.float()).responsibilities.reshape(-1, energies.shape[-1])
         if prefix == "em":
-            items = energies.float().flatten(0, -2)
-            some = items[:: math.ceil(len(items) / _MAX_ITEMS)]
-            curvatures = curvature(softmin(some).responsibilities)
+            curvatures = curvature(responsibilities[:: math.ceil(len(responsibilities) / _MAX_ITEMS)])
             values.update(curvature_mean=curvatures.mean(), curvature_max=curvatures.amax())
         values.update(self._compared.get(path, {}))
         named = {f"{prefix}/{path}/{name}": value for name, value in values.items()}
@@ -223,8 +222,7 @@ class PosteriorMonitor(Callback):
         else:
             pl_module.log_dict(named, batch_size=1)
         for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
-            responsibilities = softmin(energies.float()).responsibilities.flatten()
-            writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)
+            writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities.flatten(), trainer.global_step)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wrap ``training_step`` inside the wrapper of :class:`LayerwiseEMLoss`, which adds EM losses to its result."""
