@@ -49,7 +49,7 @@ def main():
 
     def log_likelihood(points):
         """Return the log-likelihood per point (B,) under the mixtures that the reference backend fitted."""
-        sets = prepare(points, covariance.features)
+        sets = prepare(points)
         parameters = sets.frame.enter_parameters(fitted.parameters())
         found = e_step(sets, parameters, Likelihood(covariance), with_log_likelihood=True).log_likelihood
         return (found - sets.log_jacobian() * sets.mass) / points.shape[1]

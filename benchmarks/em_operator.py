@@ -335,7 +335,7 @@ def in_the_loop(x, start, iterations=20):
     Points have the dtype of x and parameters are float64, as in the loop of EMOperator.
     """
     covariance = COVARIANCES["full"]
-    points = prepare(x, covariance.features)
+    points = prepare(x)
     parameters = points.frame.enter_parameters(start.to(torch.float64).parameters())
     for _ in range(iterations + 1):
         found = e_step(points, parameters, Likelihood(covariance), with_log_likelihood=True)

@@ -60,7 +60,7 @@ def covariances_of(kind, full):
 def statistics_of(backend, kind, x, parameters, mask=None, weights=None, frame=None, **options):
     covariance = COVARIANCES[kind]
     with use_backend(backend):
-        points = prepare(x, covariance.features, mask, weights, frame)
+        points = prepare(x, mask, weights, frame)
         return e_step(points, parameters, Likelihood(covariance), **options)
 
 
@@ -265,7 +265,7 @@ def whole_step(backend, kind, x, parameters, mask=None, weights=None):
     covariance = COVARIANCES[kind]
     parameters = parameters._replace(covariances=covariances_of(kind, parameters.covariances))
     with use_backend(backend), Operators() as operators:
-        points = prepare(x, covariance.features, mask, weights)
+        points = prepare(x, mask, weights)
         found = iteration(points, parameters, Likelihood(covariance), points.floor(1e-3), with_log_likelihood=True)
     return *found, operators.names
 
@@ -339,7 +339,7 @@ def test_a_step_with_a_background_in_its_likelihood_is_not_a_whole_one():
     x, parameters = problem(torch.float64)
     covariance = COVARIANCES["full"]
     with use_backend("native"):
-        points = prepare(x, covariance.features)
+        points = prepare(x)
         terms = UniformBackground(weight=0.3).terms(points, parameters.log_weights)
         likelihood, floor = Likelihood(covariance, background=terms), points.floor(1e-3)
         after, _ = iteration(points, parameters, likelihood, floor)
@@ -446,12 +446,12 @@ def test_first_and_second_derivatives_by_differences(kind):
     weights = torch.rand(1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
     inputs = [part.clone().requires_grad_() for part in (*inputs, weights)]
     covariance = COVARIANCES[kind]
-    frame = prepare(x, covariance.features).frame  # constant, so that differences do not move it
+    frame = prepare(x).frame  # constant, so that differences do not move it
 
     def statistics(x, log_weights, means, covariances, weights):
         if kind in ("full", "tied"):
             covariances = 0.5 * (covariances + covariances.mT)
-        points = prepare(x, covariance.features, None, weights, frame=frame)
+        points = prepare(x, None, weights, frame=frame)
         found = e_step(
             points, Parameters(log_weights, means, covariances), Likelihood(covariance), with_log_likelihood=True
         )
@@ -486,7 +486,7 @@ def test_thin_components_keep_the_likelihood_in_single_precision(offset):
     x = (slabs @ turn.mT + offset).float()
     with use_backend("reference"):
         start = EMOperator(4, 3, num_iters=20, residual=False, covariance_floor=1e-9)(x.double())
-    frame = prepare(x, COVARIANCES["full"].features).frame
+    frame = prepare(x).frame
     parameters = frame.enter_parameters(start.parameters())
     found, expected = (
         statistics_of(backend, "full", given, parameters, frame=frame, with_log_likelihood=True)

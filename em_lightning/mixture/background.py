@@ -76,7 +76,7 @@ class UniformBackground:
 
     def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in their units."""
-        points = prepare(x, lambda z: z, mask, weights, with_moments=False)  # it needs no phi(z)
+        points = prepare(x, mask, weights)
         return points.log_jacobian() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:

@@ -124,7 +124,7 @@ def e_step(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
     ) -> tuple[Tensor, ...]:
         """Return mass, sums of ``w_n r_nk u_nk [1, x_n, s(x_n)]``, log-likelihood and the mass of the background."""
-        lifted = points.lift(block, sets)
+        lifted = likelihood.family.features(points.coordinates(block, sets))
         joint, irls_weights = log_joint(lifted, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, background)
         if is_softmin:
@@ -183,7 +183,8 @@ def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) 
     theta, peak = family.natural_parameters(parameters)
 
     def log_p_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *background: Tensor) -> tuple[Tensor]:
-        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
+        lifted = family.features(points.coordinates(block, sets))
+        joint, _ = log_joint(lifted, theta, peak, points.num_features, kernel)
         return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
@@ -211,9 +212,10 @@ def log_joint(
 
 def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
     """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in the user's units."""
-    theta, peak = likelihood.family.natural_parameters(parameters)
-    joint, _ = log_joint(points.lift(), theta, peak, points.num_features, likelihood.kernel)
-    return (with_background(joint, likelihood.background or ()) - points.log_jacobian()[:, None, None]).mT
+    family, kernel, background = likelihood
+    lifted = family.features(points.coordinates())
+    joint, _ = log_joint(lifted, *family.natural_parameters(parameters), points.num_features, kernel)
+    return (with_background(joint, background or ()) - points.log_jacobian()[:, None, None]).mT
 
 
 def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:

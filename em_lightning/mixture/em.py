@@ -56,7 +56,7 @@ def em_step(
     covariance = covariance_of(mixture.covariances, mixture.means)
     x = x.expand(mixture.sets, -1, -1)
     mask, weights = (None if part is None else part.expand(x.shape[:2]) for part in (mask, weights))
-    points = prepare(x, covariance.features, mask, weights)
+    points = prepare(x, mask, weights)
     parameters = points.frame.enter_parameters(mixture.parameters())
     after, _ = iteration(points, parameters, Likelihood(covariance), points.floor(floor))
     return mixture_of(points, after, covariance, x.dtype)
@@ -181,10 +181,8 @@ class StreamedEM(NamedTuple):
         if x.shape[-1] != mixture.features:
             raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # sums need more than half precision
-            phi, weights = self.covariance.features, None if weights is None else weights.unsqueeze(0)
-            points = prepare(
-                x[None], phi, weights=weights, frame=self.frame, normalized_weights=False, with_moments=False
-            )
+            weights = None if weights is None else weights.unsqueeze(0)
+            points = prepare(x[None], weights=weights, frame=self.frame, normalized_weights=False)
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
             log_likelihood = statistics.log_likelihood - points.log_jacobian() * points.mass  # in the user's units

@@ -155,9 +155,9 @@ def fit_cells(
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
         zeros = weights.new_zeros(*weights.shape[:2], num_components, cell.shape[1])
         responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
-        return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
+        return (responsibilities.flatten(1, 2) @ family.features(points.coordinates(block, sets)).mT,)
 
-    size_of_phi = points.features(points.mean.unsqueeze(2)).shape[1]  # F; without points.lift, which launches more
+    size_of_phi = family.features(points.mean.unsqueeze(2)).shape[1]  # F
     numbers_per_point = max(count * num_components, size_of_phi)
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
     mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)

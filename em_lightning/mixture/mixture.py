@@ -132,7 +132,7 @@ class Mixture:
         self._check_covariances()
         means = self.means.detach().to(accumulation_dtype(x))
         frame = Frame(center=means.mean(1), scale=means.new_ones(self.sets))
-        points = prepare(x.expand(self.sets, -1, -1), self._covariance.features, mask, frame=frame, with_moments=False)
+        points = prepare(x.expand(self.sets, -1, -1), mask, frame=frame)
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:

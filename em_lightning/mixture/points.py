@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,7 +57,6 @@ class Points(NamedTuple):
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
     frame: its coordinates are called z below.
-    features: the covariance type's function from z (B, D, N) to ``phi(z) = [1, z, s(z)]`` (B, F, N).
     mean: (B, D), weighted mean of z; zero if not requested.
     variance: (B, D), weighted variance of z; zero if not requested.
     eps: relative precision of the points.
@@ -69,7 +67,6 @@ class Points(NamedTuple):
     mass: Tensor
     num_points: Tensor
     frame: Frame
-    features: Callable[[Tensor], Tensor]
     mean: Tensor
     variance: Tensor
     eps: float
@@ -84,10 +81,6 @@ class Points(NamedTuple):
         center, scale = self.frame
         block = self.x if block is None else block
         return Frame(center[sets], scale[sets]).enter(block.to(center.dtype))
-
-    def lift(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
-        """Return ``phi(z)`` (b, F, n) of a block (b, D, n) of points of some sets, or of all points."""
-        return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
         """Convert a floor of variances from the user's units to frame coordinates (B,), at least their round-off."""
@@ -104,14 +97,13 @@ class Points(NamedTuple):
 
 def prepare(
     x: Tensor,
-    features: Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     frame: Frame | None = None,
     normalized_weights: bool = True,
-    with_moments: bool = True,
+    with_moments: bool = False,
 ) -> Points:
-    """Return points (B, N, D) with weights (B, N) ready for EM; ``features`` is the covariance type's ``phi``.
+    """Return points (B, N, D) with weights (B, N) ready for EM.
 
     The frame is by default that of the mean and the extent of each set. Rows with a false mask (B, N) may hold any
     value. Weights are divided by their mean, unless the points are a block of a larger set
@@ -128,7 +120,7 @@ def prepare(
     mass = torch.full_like(frame.scale, x.shape[-1]) if weights is None else weights.sum(-1)
     num_points = torch.full_like(frame.scale, x.shape[-1]) if counted is None else counted.sum(-1).to(dtype)
     zeros, eps = torch.zeros_like(frame.center), torch.finfo(x.dtype).eps
-    points = Points(x, weights, mass, num_points, frame, features, zeros, zeros, eps)
+    points = Points(x, weights, mass, num_points, frame, zeros, zeros, eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)

@@ -127,9 +127,7 @@ class MixturePrior(nn.Module):
         covariance = covariance_of(mixture.covariances, mixture.means)
         mean, variance = mean.to(dtype) - frame.center, variance.to(dtype)
         counts = self.pseudo_counts(frame, mean, variance, covariance, mixture.components)
-        log_weights, means, covariances = (part.to(dtype) for part in mixture.parameters())
-        parameters = Parameters(log_weights, means - frame.center.unsqueeze(1), covariances)
-        return log_prior(parameters, covariance, counts)
+        return log_prior(frame.enter_parameters(mixture.parameters()), covariance, counts)
 
     def extra_repr(self) -> str:
         """Return the pseudo-counts."""

@@ -205,7 +205,7 @@ class DirectionalEM(SetOperator):
         family = VonMisesFisher(self.num_features, x)
         x, dtype = _directions(x, mask), x.dtype
         frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
-        points = prepare(x, family.features, mask, weights, frame=frame, with_moments=False)
+        points = prepare(x, mask, weights, frame=frame)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
         return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=dtype)
 

@@ -199,7 +199,7 @@ class EMOperator(SetOperator):
                 raise ValueError(f"background_energies {shape} must have shape ({mixture.sets},)")
         check_sets(x, mask, None, self.num_features)
         family = covariance_of(mixture.covariances, mixture.means)
-        points = prepare(x.expand(mixture.sets, -1, -1), family.features, mask, with_moments=False)
+        points = prepare(x.expand(mixture.sets, -1, -1), mask)
         state = self._with_room_for_background(points.frame.enter_parameters(mixture.parameters()))
         return points, state, self._likelihood(points, state, family, background_energies)
 
@@ -214,7 +214,7 @@ class EMOperator(SetOperator):
     ) -> Sets:
         family = family or self.family  # a given mixture may have another covariance type
         needs_moments = any(part is not None for part in (self.start, self.prior, self.correction))
-        points = prepare(x, family.features, mask, weights, with_moments=needs_moments)
+        points = prepare(x, mask, weights, with_moments=needs_moments)
         floor, counts = points.floor(self.covariance_floor), None
         if self.prior is not None:
             counts = self.prior.pseudo_counts(points.frame, points.mean, points.variance, family, self.num_components)

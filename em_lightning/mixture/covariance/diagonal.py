@@ -37,7 +37,7 @@ class DiagonalCovariance(FullCovariance):
 
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
         """Return ``sigma^2 + mu^2`` in the shape of the variances, or ``sigma^2`` without means."""
-        return variances if means is None else variances + means.square()
+        return variances if means is None else variances + self.variances(self.pack(means.square()))
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
         variances = self.variances(covariances)
@@ -118,9 +118,6 @@ class SphericalCovariance(DiagonalCovariance):
 
     def second_degree(self, x: Tensor) -> Tensor:
         return x.square().sum(1, keepdim=True)
-
-    def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
-        return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
     def entries(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # S = 1
