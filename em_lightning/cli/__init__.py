@@ -72,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"em-lightning: {message}", file=sys.stderr)
         return 2
+    finally:
+        dist = sys.modules.get("torch.distributed")
+        if parsed.command == "run" and dist is not None and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # an open one may abort the process (pytorch/pytorch#190489)
     return 0
 
 

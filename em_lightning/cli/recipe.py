@@ -146,9 +146,6 @@ class RecipeCLI(LightningCLI):
             if message := connection_error(error):
                 raise ConnectionError(message) from error
             raise
-        finally:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # an open one may abort the process (pytorch/pytorch#190489)
 
     def short_help(self, parser: LightningArgumentParser) -> str:
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
