@@ -1,4 +1,4 @@
-"""Checks of arguments, which raise errors that name the argument, its value and the rule."""
+"""Checks of arguments, which raise errors that name the argument, its value and the rule, and of torch.export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
+
+import torch
+
+# Whether torch.export traces the code, which must not read sizes then: they may be dynamic. PyTorch 2.6 has only
+# is_compiling, which is true under torch.compile too.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from helpers import assert_close, clusters, trained
 from torch import nn
 
 from em_lightning import EMOperator
+from em_lightning.mixture.backends import use_backend
 from em_lightning.surgery import insert_em_operators, swap_activations
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,37 @@ def test_a_saved_program_of_a_trained_operator_equals_it(tmp_path):
     torch.export.save(program, tmp_path / "operator.pt2")
     loaded = torch.export.load(tmp_path / "operator.pt2").module()
     assert_close(loaded(x), operator(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, backend, masked, axes",
+    [
+        ({}, "auto", True, "BN"),
+        ({"residual": False}, "auto", False, "B"),
+        ({"residual": False}, "native", False, "BN"),
+        ({"residual": False, "covariance": "diag"}, "auto", True, "N"),
+        ({"residual": False, "covariance": "tied"}, "native", True, "BN"),
+        ({"covariance": "spherical", "init": "learned"}, "auto", False, "BN"),
+        ({"residual": False, "covariance": "lowrank", "rank": 1}, "auto", True, "B"),
+    ],
+)
+def test_a_saved_program_with_dynamic_sizes_equals_the_operator(options, backend, masked, axes, tmp_path):
+    operator = EMOperator(3, 2, num_iters=1, **options).eval()
+    trained(operator, 0.02)
+
+    def inputs(sets, items):
+        x = clusters(sets, items, 2, dtype=torch.float32)
+        return (x, torch.rand(sets, items) < 0.8, torch.rand(sets, items)) if masked else (x,)
+
+    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate("BN") if name in axes}
+    example = inputs(4, 50)
+    with use_backend(backend):
+        program = torch.export.export(operator, example, dynamic_shapes=(sizes,) * len(example)).run_decompositions({})
+        torch.export.save(program, tmp_path / "operator.pt2")
+        loaded = torch.export.load(tmp_path / "operator.pt2").module()
+        for sets, items in ((4, 50), (7, 33), (1, 20), (30, 400), (2, 60_000)):  # on both sides of the blocks in eager
+            arguments = inputs(sets if "B" in axes else 4, items if "N" in axes else 50)
+            assert_close(loaded(*arguments), operator(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_safetensors_keep_the_weights(tmp_path):

@@ -11,6 +11,7 @@ from helpers import (
     COVARIANCE_TYPES,
     assert_close,
     assert_raises,
+    clusters,
     full_covariances,
     parts,
     random_mixture,
@@ -273,3 +274,15 @@ def test_numpy_arrays_are_refused(method):
     mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
     with pytest.raises(TypeError, match=r"x must be a tensor, got <class 'numpy.ndarray'>.*torch.from_numpy"):
         getattr(mixture, method)(np.zeros((1, 5, 2)))
+
+
+def test_vmap_of_a_density_and_a_posterior_equals_a_batch():
+    mixture, x = random_mixture("full"), clusters(2, 10, 2)
+
+    def one(log_weights, means, covariances, x):
+        single = Mixture(log_weights[None], means[None], covariances[None])
+        return single.log_prob(x[None])[0], single.posterior(x[None]).responsibilities[0]
+
+    log_prob, responsibilities = torch.func.vmap(one)(*mixture.parameters(), x)
+    torch.testing.assert_close(log_prob, mixture.log_prob(x))
+    torch.testing.assert_close(responsibilities, mixture.posterior(x).responsibilities)

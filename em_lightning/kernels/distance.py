@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em_lightning.checks import is_exporting
+
 
 def pairwise(x: Tensor, centers: Tensor) -> Tensor:
     """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D)."""
@@ -40,7 +42,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
             float32, chosen for exact derivatives: from 2 MiB on, the alternative takes less than half the time.
     """
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
-    few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
+    few = is_exporting() or math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
     if factor is not None and not few:
         # Products with L^-1 add features, which loses digits far from the origin: subtract the median center first.
         origin = centers.detach().median(-2, keepdim=True).values

@@ -132,7 +132,7 @@ def e_step(
         else:  # competitions may depend on the unit of the densities: convert to the user's units
             energies = points.log_jacobian()[sets, None, None] - joint
             responsibilities = competition(energies, dim=1, **coupling).responsibilities.to(joint.dtype)
-        log_likelihood = theta.new_zeros(len(theta))
+        log_likelihood = theta.new_zeros(theta.shape[0])
         if with_log_likelihood:
             log_p = joint.logsumexp(1)
             log_likelihood = (log_p if weights is None else log_p * weights).sum(-1)

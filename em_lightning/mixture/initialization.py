@@ -62,7 +62,7 @@ def kmeans_plus_plus(
     """
     points, weights = _weighted_points(x, weights)
     weights = weights + (weights.sum(-1, keepdim=True) == 0)  # sets without points draw from all rows
-    size = num_components, len(x), 2 + int(math.log(num_components))  # the last is the number of candidates
+    size = num_components, x.shape[0], 2 + int(math.log(num_components))  # the last is the number of candidates
     uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=x.device) * (1.0 - 1e-15)  # see below
     potential, distances = weights, torch.full_like(weights, torch.inf)
     centers: list[Tensor] = []
@@ -131,7 +131,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     in_core = distances <= (_CORE * total / cell_mass.clamp(min=1.0)).gather(1, cell)
     weights = torch.stack([weights, weights * in_core], 1)
     fitted = fit_cells(points, cell, weights, num_components, unrestricted, floor)
-    (mass, core_mass), (log_weights, _), (means, core_means), pair = (part.chunk(2) for part in fitted)
+    (mass, core_mass), (log_weights, _), (means, core_means), pair = (part.unflatten(0, (2, -1)) for part in fitted)
     has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
     covariances, core_covariances = pair
     if not is_shared:  # else fit_cells gave the covariance of all cells together

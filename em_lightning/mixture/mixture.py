@@ -14,6 +14,7 @@ from torch.export import register_dataclass
 
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
+from em_lightning.mixture.backends.reference import has_values
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, log_density, log_joint_of_points
 from em_lightning.mixture.points import Frame, Parameters, Points, prepare
@@ -136,7 +137,7 @@ class Mixture:
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
-        if torch.compiler.is_compiling():  # compiled code cannot branch on data
+        if not has_values(self.covariances):
             return
         wrong = self._covariance.indefinite(self.covariances.detach())
         if wrong.any():

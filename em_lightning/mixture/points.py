@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import is_exporting
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 
@@ -129,7 +130,7 @@ def prepare(
 
 def features_first(x: Tensor) -> Tensor:
     """Return points (B, N, D) as (B, D, N)."""
-    return x.mT.contiguous() if x.numel() <= _LARGEST_COPY else x.mT
+    return x.mT.contiguous() if is_exporting() or x.numel() <= _LARGEST_COPY else x.mT
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:

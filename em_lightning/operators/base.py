@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.checks import check_at_least, check_choice, check_counts
 from em_lightning.mixture import em
-from em_lightning.mixture.backends.reference import have_memory
+from em_lightning.mixture.backends.reference import has_values
 from em_lightning.mixture.initialization import CENTERS
 from em_lightning.mixture.points import Parameters
 from em_lightning.operators import gradients
@@ -176,18 +176,12 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
-    if _has_values(x) and not x.detach().sum().isfinite():  # a sum takes little time, but can also overflow
+    if has_values(x) and not x.detach().sum().isfinite():  # a sum takes little time, but can also overflow
         finite = x.detach().isfinite().all(-1)
         _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
-    if weights is not None and _has_values(weights):
+    if weights is not None and has_values(weights):
         _check_all((weights >= 0) & weights.isfinite(), "weights must be finite and not negative", weights)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Return whether values can be read: not under a compiler or torch.func, nor while a CUDA graph is captured."""
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not torch.compiler.is_compiling() and not capturing and have_memory(tensor)
 
 
 def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:

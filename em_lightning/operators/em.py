@@ -246,7 +246,7 @@ class EMOperator(SetOperator):
             if len(drawn) > 1:
                 objectives = torch.stack([score(around(centers)) for centers in drawn])
                 winner = objectives.masked_fill(objectives.isnan(), -torch.inf).argmax(0)  # argmax would take NaN
-                best = torch.stack(drawn)[winner, torch.arange(len(best), device=best.device)]
+                best = torch.stack(drawn)[winner, torch.arange(best.shape[0], device=best.device)]
         return around(best)
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
@@ -254,7 +254,7 @@ class EMOperator(SetOperator):
         needed = "full" if self.covariance == "lowrank" else self.covariance
         if given.name != needed and (self.covariance, given.name) != ("tied", "full"):
             raise ValueError(f"init has {given.name} covariances; covariance={self.covariance!r} needs {needed} ones")
-        shape = (len(sets.mass), self.num_components, self.num_features)
+        shape = (sets.mass.shape[0], self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())

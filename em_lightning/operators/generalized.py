@@ -143,7 +143,7 @@ class GeneralizedEM(SetOperator):
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
 
     def _enter(self, sets: _Sets, mixture: KernelMixture) -> Parameters:
-        shape = (len(sets.x), self.num_components, self.num_features)
+        shape = (sets.x.shape[0], self.num_components, self.num_features)
         if tuple(mixture.centers.shape) != shape:
             raise ValueError(f"init.centers has shape {tuple(mixture.centers.shape)}; it must be {shape}")
         centers = mixture.centers.to(sets.x.dtype)

@@ -46,5 +46,5 @@ class LearnedStart(nn.Module):
         deviation = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
         identities = family.expand(torch.ones_like(mean), len(self.means))  # unit variances
         covariances = family.scaled(identities, deviation.square().squeeze(-1))
-        log_weights = self.logits.log_softmax(-1).to(unit).expand(len(unit), -1)
+        log_weights = self.logits.log_softmax(-1).to(unit).expand(unit.shape[0], -1)
         return Parameters(log_weights, mean.unsqueeze(1) + self.means * unit, covariances)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em_lightning.checks import is_exporting
 from em_lightning.mixture.backends.compiler import load, structure
 from em_lightning.mixture.backends.reference import are_plain
 
@@ -102,7 +103,7 @@ def triton_start(x: Tensor, family: Any, weights: Tensor | None = None) -> Any:
 def _is_constant(*tensors: Tensor | None) -> bool:
     """Return whether no derivative is wanted, now or in a later call of an exported program."""
     wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in tensors)
-    return not wanted and not _is_exporting()
+    return not wanted and not is_exporting()
 
 
 def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
@@ -120,11 +121,12 @@ def _triton() -> Any:
 
 
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor | None) -> bool:
-    if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
+    if _chosen == "reference" or tensor.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
-        return _chosen == "native" or not _is_exporting()
-    return are_plain(tensor, *others)
+    # Exported programs run without this package unless the backend is chosen, and read no size, which may be dynamic.
+    if _chosen != "native" and (is_exporting() or not is_large):
+        return False
+    return torch.compiler.is_compiling() or are_plain(tensor, *others)
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -146,7 +148,6 @@ _THREE = "(Tensor, Tensor, Tensor)"  # results
 _X, _MEANS = 0, 2  # positions of arguments
 # Of em_step, in the order of ``Problem`` in native.cpp.
 _PARAMETERS = "log_weights", "covariances", "floor", "next_log_weights", "next_means", "next_covariances"
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the second only
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
@@ -296,7 +297,7 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
 def fits_groups(x: Tensor) -> bool:
     """Return whether the native backend fits spherical mixtures to groups of the rows of x (N, D)."""
     # Exported programs need it, because the sizes of the alternative, a padded layout, depend on the data.
-    is_exported = _is_exporting() and x.device.type == "cpu" and _chosen != "reference"
+    is_exported = is_exporting() and x.device.type == "cpu" and _chosen != "reference"
     return x.dtype in _REALS and (is_exported or _is_chosen(is_large=True, tensor=x)) and _is_available("ragged.cpp")
 
 

@@ -94,6 +94,12 @@ def have_memory(*tensors: Tensor) -> bool:
     return True
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Return whether values can be read: not under a compiler or torch.func, nor while a CUDA graph is captured."""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and not capturing and have_memory(tensor)
+
+
 def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether all tensors that are not None have memory, and no tangent of forward-mode derivatives."""
     given = [tensor for tensor in tensors if tensor is not None]
