@@ -50,8 +50,7 @@ class Correction(NamedTuple):
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
         """Return corrected parameters, given the means before and the parameters after an M-step."""
-        # The neighbours decide the axes where deviations are equal.
-        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)
+        axes, deviations = covariance.principal_axes(after, self.neighbours)
         change = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
         step = deviations * _bounded(self.shift * change / deviations, 1.0)  # at most one standard deviation
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
@@ -123,7 +122,7 @@ class ResidualCorrection(nn.Module):
         """Return features h (B, K, 7 D + 10), which depend on the scale only through the floor, and neighbours."""
         num_components, unit = after.means.shape[1], points.root_mean_variance()[:, None, None]
         neighbours = neighbour_moments(after, self.covariance, unit)
-        axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)
+        axes, deviations = self.covariance.principal_axes(after, neighbours)
         deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)
 
         def log_ratio(matrix: Tensor) -> Tensor:

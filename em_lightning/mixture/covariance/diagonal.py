@@ -85,7 +85,8 @@ class DiagonalCovariance(FullCovariance):
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
-    def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    def principal_axes(self, parameters: Parameters, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        _, means, covariances = parameters
         root = self.factorize(covariances, means).scale.expand(*means.shape)
         return identity(means.shape[-1], root), root
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.points import Parameters
 
-# Share of the second moments of nearby components that principal_axes adds, to determine axes of equal variances.
+# Share of second moments of the mixture that principal_axes adds, to determine axes of equal variances.
 _TIE_BREAKER = 1e-6  # so small that it hardly turns axes of different variances; chosen, not measured
 # Where eigenvalues differ by less than this share of the largest, derivatives of the axes decrease to 0.
 _SMALLEST_GAP = 1e-6  # chosen, not measured
@@ -206,14 +206,19 @@ class FullCovariance:
 
     # Learned corrections, along the principal axes of each component.
 
-    def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    def principal_axes(self, parameters: Parameters, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
         Tied covariances give (B, 1, D, D) and (B, 1, D). ``neighbours`` are second moments (B, K, D, D) of the mixture
-        near each mean. They determine axes of equal variances, for instance at the floor, in place of round-off.
+        near each mean. They and the moments of the whole mixture determine axes of equal variances, for instance at the
+        floor, in place of round-off; the latter also for isolated components, which have no neighbours.
         """
-        sigma = self.to_public(covariances)
-        matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
+        log_weights, means, covariances = parameters
+        sigma, weights = self.to_public(covariances), log_weights.softmax(-1).unsqueeze(-1)
+        offset = means - (weights * means).sum(1, keepdim=True)
+        square = offset.unsqueeze(-1) * offset.unsqueeze(-2)
+        whole = (weights.unsqueeze(-1) * (sigma + square)).sum(1, keepdim=True) + square
+        matrix = sigma + _TIE_BREAKER * self.pool(neighbours + whole)
         values, axes = torch.linalg.eigh(matrix.detach())
         # First-order perturbation of axes V of a matrix M: dV = V (V^T dM V / gap) with gaps lambda_j - lambda_i, as in
         # eigh. Replace 1 / gap, infinite for equal eigenvalues, by gap / (gap^2 + bound).
