@@ -263,6 +263,12 @@ def test_covariances_that_are_not_positive_definite_are_refused(covariances, dty
             use(x)
 
 
+def test_the_error_of_a_covariance_that_float32_lost_names_the_remedies():
+    thin = torch.tensor([[1.0, 1.0 + 2e-7], [1.0 + 2e-7, 1.0]]).double()  # of float32 points, evaluated in float64
+    mixture = Mixture(torch.zeros(1, 1).double(), torch.zeros(1, 1, 2).double(), thin[None, None])
+    assert_raises(ValueError, ["float32", "x.double()", "covariance_floor"], lambda: mixture.log_prob(mixture.means))
+
+
 def test_covariances_that_rounding_made_singular_are_evaluated():
     thin = torch.tensor([[1.0, 1.0 - 1e-9], [1.0 - 1e-9, 1.0]])  # equal to 1 in float32
     mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), thin[None, None])

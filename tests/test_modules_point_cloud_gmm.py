@@ -115,6 +115,16 @@ def test_padding_plays_no_part():
     torch.testing.assert_close(module(padded, mask).means, module(points).means, atol=1e-3, rtol=0)
 
 
+def test_training_uses_one_start():
+    points = surfaces().points[:4]
+    results = []
+    for mode, num_starts in ((True, 3), (True, 1), (False, 3)):
+        module = PointCloudGMM(6, init="random", num_starts=num_starts, exact_iters=2).train(mode)
+        torch.manual_seed(1)
+        results.append(module(points).means.detach())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
 def test_other_numbers_of_components_have_the_same_weights():
     module, other = PointCloudGMM.pretrained(), PointCloudGMM.pretrained(num_components=5)
     assert other.operator.num_components == 5 and not other.training

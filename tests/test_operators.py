@@ -326,7 +326,23 @@ def test_the_best_of_several_starts_is_at_least_as_likely_after_a_step(init):
     assert torch.allclose(several(x).log_prob(x).mean(-1), likelihoods.amax(0), atol=1e-9)
     several.train()
     torch.manual_seed(5)
-    assert torch.allclose(several(x).log_prob(x).mean(-1), likelihoods[0], atol=1e-9)
+    assert torch.allclose(several(x).log_prob(x).mean(-1), likelihoods.amax(0), atol=1e-9)
+    torch.manual_seed(5)
+    assert torch.allclose(several(x.clone().requires_grad_()).log_prob(x).mean(-1), likelihoods[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("needs", ["nothing", "no_grad", "points", "weights", "parameters"])
+def test_training_mode_tries_several_starts_where_nothing_needs_a_gradient(needs):
+    x, weights = clusters(3, 60, 3, spread=SPREAD), torch.ones(3, 60, dtype=torch.float64)
+    operator = EMOperator(6, 3, init="random", num_starts=5, seed=0, residual=needs in ("parameters", "no_grad"))
+    operator = operator.double()
+    (x if needs == "points" else weights).requires_grad_(needs in ("points", "weights"))
+    with torch.set_grad_enabled(needs != "no_grad"):
+        found = operator(x, weights=weights, num_iters=0).means
+    best = operator.eval()(x, weights=weights, num_iters=0).means
+    first = EMOperator(6, 3, init="random", seed=0, residual=False)(x, weights=weights, num_iters=0).means
+    assert not torch.equal(best, first)
+    torch.testing.assert_close(found, best if needs in ("nothing", "no_grad") else first, rtol=0, atol=0)
 
 
 def test_other_competitions_give_the_responsibilities():

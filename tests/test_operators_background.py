@@ -222,6 +222,17 @@ def test_energies_are_log_volumes_of_boxes_in_units_of_the_points():
     assert UniformBackground(energy=2.0).energies(x).item() == pytest.approx(2.0)
 
 
+def test_one_point_needs_the_energies_of_the_fit():
+    x = sets()
+    operator = EMOperator(2, 2, background=0.1, residual=False)
+    mixture, energies = start_of(x), operator.background.energies(x)
+    for evaluate in (operator.log_prob, operator.posterior):
+        assert_raises(ValueError, ["one point", "background_energies"], lambda e=evaluate: e(x[:, :1], mixture))
+        evaluate(x[:, :1], mixture, background_energies=energies)
+    constant = EMOperator(2, 2, background={"energy": 3.0}, residual=False)
+    torch.testing.assert_close(constant.log_prob(x[:, :1], mixture), constant.log_prob(x, mixture)[:, :1])
+
+
 def test_wrong_energies_are_reported():
     x = sets()
     with_box, without = EMOperator(2, 2, background=0.1, residual=False), EMOperator(2, 2, residual=False)

@@ -208,7 +208,7 @@ def test_degenerate_sets_stay_finite(covariance, name):
         num_starts=2,
     ).eval()
     mixture = operator(x, mask)
-    log_prob = operator.log_prob(x, mixture, mask)
+    log_prob = operator.log_prob(x, mixture, mask, operator.background.energies(x, mask))
     assert is_finite(mixture) and log_prob.isfinite().all()
     assert_finite_gradients(log_prob.sum() + mixture.means.sum(), x, operator)
 

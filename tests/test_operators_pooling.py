@@ -421,6 +421,11 @@ def test_modules_of_half_precision(dtype):
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
+def test_one_item_is_pooled_beside_a_background():
+    x = torch.randn(3, 1, 2)
+    assert EMPooling(2, 2, summary=("weights", "values"), background=0.1)(x).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("x", "index", "error", "words"),
     [

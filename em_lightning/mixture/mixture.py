@@ -143,7 +143,8 @@ class Mixture:
         if wrong.any():
             index = wrong.nonzero()[0].tolist()
             value = self.covariances[tuple(index)].tolist()
-            raise ValueError(f"covariances must be positive definite, got {value} at index {index}")
+            remedy = "float32 loses the thickness of thin components: fit x.double(), or raise covariance_floor"
+            raise ValueError(f"covariances must be positive definite, got {value} at index {index}; {remedy}")
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).

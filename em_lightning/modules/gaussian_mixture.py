@@ -100,6 +100,7 @@ class GaussianMixtureModule(EMModule):
     ) -> None:
         super().__init__()
         check_choice("method", method, ("em", "stochastic"))
+        check_choice("covariance", covariance, COVARIANCES)
         check_at_least(1, sample_size=sample_size)
         check_at_least(0, tol=tol)
         if not 0.5 < step_exponent <= 1:
@@ -177,7 +178,7 @@ class GaussianMixtureModule(EMModule):
         if not self.started:
             start: Any = None
             if self.trainer.is_global_zero:
-                rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
+                rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed, self.mixture.features)
                 start = initial_mixture(rows, self.make_operator(num_components=self.mixture.components))
             self.start_from(*self.trainer.strategy.broadcast(start))
         self.sums.zero_()
@@ -202,7 +203,7 @@ class GaussianMixtureModule(EMModule):
         The optimizer updates nothing, because the parameters have no gradient. Lightning needs it to count steps, and
         ``ModelCheckpoint`` to apply ``train_time_interval``, which it ignores under manual optimization.
         """
-        rows = rows_of(batch)
+        rows = rows_of(batch, self.mixture.features)
         if stage == "train":
             num_blocks = self.trainer.num_training_batches  # inf if endless; a prior is then relative to a block
             return {"loss": self.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
@@ -282,11 +283,11 @@ class GaussianMixtureModule(EMModule):
     def on_test_epoch_end(self) -> None:
         sums = self.metrics_of("test")["log_likelihood"].sums  # of MeanOfItems: weighted sum, sum of weights, NaN
         log_likelihood, mass, _ = global_sum(sums).tolist()
-        criteria = information_criteria(self.mixture, log_likelihood, mass)
-        self.log_dict({"test/bic": criteria.bic, "test/aic": criteria.aic}, sync_dist=True)
+        bic, aic = self.change.new_tensor(information_criteria(self.mixture, log_likelihood, mass))  # kept in float64
+        self.log_dict({"test/bic": bic, "test/aic": aic}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(rows_of(batch).points).responsibilities
+        return self(rows_of(batch, self.mixture.features).points).responsibilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the sums of all ranks in this epoch, (ranks, sums); must be called on every rank."""
@@ -303,20 +304,21 @@ def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:
     return -log_likelihood / torch.where(mass > 0, mass, 1.0)
 
 
-def rows_of(batch: Any) -> TableBatch:
+def rows_of(batch: Any, num_features: int) -> TableBatch:
     """Return the points and weights of a batch: a tensor of points, or a sequence of points and optional weights."""
-    if isinstance(batch, Tensor):
-        return TableBatch(batch, None)
-    return TableBatch(batch[0], batch[1] if len(batch) > 1 else None)
+    points, weights = (batch, None) if isinstance(batch, Tensor) else (*batch, None)[:2]
+    if points.shape[-1] != num_features:
+        raise ValueError(f"the data have {points.shape[-1]} columns, but the module has num_features={num_features}")
+    return TableBatch(points, weights)
 
 
-def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
+def sample_of(loader: Any, size: int, seed: int, num_features: int) -> TableBatch:
     """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
     if hasattr(loader, "sample"):
-        return loader.sample(size, seed)
+        return rows_of(loader.sample(size, seed), num_features)
     blocks: list[TableBatch] = []
     for batch in loader:
-        blocks.append(rows_of(batch))
+        blocks.append(rows_of(batch, num_features))
         if sum(len(block.points) for block in blocks) >= size:
             break
     points, weights = zip(*blocks, strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data import PointCloudBatch
 from em_lightning.metrics import MixtureLogLikelihood
-from em_lightning.mixture import Mixture
+from em_lightning.mixture import COVARIANCES, Mixture
 from em_lightning.mixture.points import power_of_two
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
@@ -90,6 +90,7 @@ class PointCloudGMM(EMModule):
         skip_gradients_above: float | None = None,
     ) -> None:
         super().__init__(lr, schedule, skip_gradients_above=skip_gradients_above)
+        check_choice("covariance", covariance, COVARIANCES)
         check_at_least(0, exact_iters=exact_iters)
         if least_points is not None:
             check_at_least(1, least_points=least_points)
@@ -128,15 +129,21 @@ class PointCloudGMM(EMModule):
         """Return the mixtures of clouds (B, N, D)."""
         points, unscale = self._scaled(points, mask)
         with torch.no_grad():
-            start = self.operator.classical()(points, mask, num_iters=self._exact_iters(points, mask))
+            start = self._classical()(points, mask, num_iters=self._exact_iters(points, mask))
         return unscale(self.operator(points, mask, init=start))
 
     def iterate(self, points: Tensor, mask: Tensor | None = None) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each classical and each learned iteration."""
         points, unscale = self._scaled(points, mask)
-        for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
+        for mixture in self._classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
             yield unscale(mixture)
         yield from map(unscale, list(self.operator.iterate(points, mask, init=mixture))[1:])  # without their start
+
+    def _classical(self) -> EMOperator:
+        """Return the operator of the classical iterations, with a single start in training."""
+        operator = self.operator.classical()
+        operator.num_starts = 1 if self.training else operator.num_starts
+        return operator
 
     def _scaled(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[Mixture], Mixture]]:
         """Divide clouds of unusual extent by a power of two near it; also return the function that undoes this."""

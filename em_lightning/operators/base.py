@@ -83,9 +83,11 @@ class SetOperator(nn.Module):
         num_iters = self.num_iters if num_iters is None else num_iters
         check_counts(0, num_iters=num_iters)
         x = check_sets(x, mask, weights, self.num_features)
+        inputs = (x, *self.parameters()) if weights is None else (x, weights, *self.parameters())
+        trains = self.training and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
-            state = self._start(sets, try_several=not self.training) if init is None else self._enter(sets, init)
+            state = self._start(sets, try_several=not trains) if init is None else self._enter(sets, init)
         yield sets, state  # outside of the context, so that the caller's autocast applies to the body of its loop
 
         def step(state: Parameters, progress: float) -> Parameters:

@@ -61,12 +61,13 @@ class EMOperator(SetOperator):
         init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in standard deviations of the set).
         num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
-            iterations, at most five. In training mode :meth:`forward` uses a single start.
+            iterations, at most five. In training mode, calls use one if an input or parameter needs gradients.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: ``True`` for learned corrections, ``False`` for none, or a :class:`ResidualCorrection`.
         prior: a :class:`~em_lightning.mixture.MixturePrior` of weights, means and covariances, or its arguments; the
             M-step is then maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, like ``reg_covar`` in scikit-learn.
+            Tilted components thinner than a thousandth of their length need float64 points or a higher floor.
         gradient: ``"unrolled"`` and ``"checkpoint"`` differentiate all iterations exactly, ``"last"`` only the last
             one, and ``"implicit"`` the fixed point, with a RuntimeError if the loop has not converged.
 
@@ -155,8 +156,8 @@ class EMOperator(SetOperator):
     ) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
 
-        Zero where masked. A background without an energy is uniform over the bounding box of these points. For points
-        other than those of the fit, give ``operator.background.energies(points_of_the_fit)`` (B,).
+        Zero where masked. A background without an energy is uniform over the bounding box of **these** points. For
+        points other than those of the fit, give ``operator.background.energies(points_of_the_fit)`` (B,).
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
         density = (log_density(points, state, likelihood) - points.log_jacobian().unsqueeze(1)).to(x.dtype)
@@ -197,6 +198,8 @@ class EMOperator(SetOperator):
                 raise ValueError("background_energies are given, but the operator has background=None")
             if (shape := tuple(background_energies.shape)) != (mixture.sets,):
                 raise ValueError(f"background_energies {shape} must have shape ({mixture.sets},)")
+        elif self.background is not None and self.background.energy is None and x.shape[1] == 1:
+            raise ValueError("x has one point per set, whose box is empty: give the background_energies of the fit")
         check_sets(x, mask, None, self.num_features)
         family = covariance_of(mixture.covariances, mixture.means)
         points = prepare(x.expand(mixture.sets, -1, -1), mask)
@@ -227,10 +230,6 @@ class EMOperator(SetOperator):
             return self._with_room_for_background(self.start(sets))
         generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
 
-        def draw() -> Tensor:
-            x, choose = points.x.detach().mT, CENTERS[self.init]
-            return choose(x, self.num_components, weights=points.weights, generator=generator)
-
         def around(centers: Tensor) -> Parameters:
             return self._with_room_for_background(parameters_around(points, centers, self.family, sets.floor))
 
@@ -241,7 +240,9 @@ class EMOperator(SetOperator):
             return self._objective(sets, state)
 
         with torch.no_grad():
-            drawn = [draw() for _ in range(self.num_starts if try_several else 1)]
+            options: Any = {"weights": points.weights, "generator": generator}
+            count, x, choose = self.num_starts if try_several else 1, points.x.detach().mT, CENTERS[self.init]
+            drawn = [choose(x, self.num_components, **options) for _ in range(count)]
             best = drawn[0]
             if len(drawn) > 1:
                 objectives = torch.stack([score(around(centers)) for centers in drawn])

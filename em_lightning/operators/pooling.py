@@ -106,7 +106,9 @@ class EMPooling(nn.Module):
                 "scales": 0.5 * mixture.variances().log(),
             }
             if "values" in self.summary:
-                r = self.operator.posterior(coordinates, mixture, mask).responsibilities
+                background = self.operator.background
+                energies = None if background is None else background.energies(coordinates, mask, weights)
+                r = self.operator.posterior(coordinates, mixture, mask, energies).responsibilities
                 r = r[..., : mixture.components]  # without the background, the last hypothesis
                 r = r if weights is None else r * weights.to(r.dtype).unsqueeze(-1)
                 r = r if mask is None else r * mask.unsqueeze(-1)
