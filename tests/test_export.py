@@ -114,7 +114,6 @@ def test_a_saved_program_of_a_trained_operator_equals_it(tmp_path):
         ({"residual": False, "covariance": "diag"}, "auto", True, "N"),
         ({"residual": False, "covariance": "tied"}, "native", True, "BN"),
         ({"covariance": "spherical", "init": "learned"}, "auto", False, "BN"),
-        ({"residual": False, "covariance": "lowrank", "rank": 1}, "auto", True, "B"),
     ],
 )
 def test_a_saved_program_with_dynamic_sizes_equals_the_operator(options, backend, masked, axes, tmp_path):
