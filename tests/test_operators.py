@@ -253,7 +253,10 @@ def test_a_corrected_component_equals_its_formula(covariance, features, floor):
     assert not torch.allclose(exact.means, found.means)
     before, after, spread = (full_covariances(mixture).numpy() for mixture in (start, exact, found))
     unit = x.var(1, correction=0).mean(-1).sqrt()[:, None, None]
-    tie_break = 1e-6 * neighbour_moments(exact.parameters(), operator.family, unit).numpy()
+    offset = exact.means.unsqueeze(1) - exact.means.unsqueeze(2)  # mu_j - mu_k, (B, k, j, D)
+    moments = full_covariances(exact).unsqueeze(1) + offset.unsqueeze(-1) * offset.unsqueeze(-2)
+    whole = (exact.weights[:, None, :, None, None] * moments).sum(2)
+    tie_break = 1e-6 * (neighbour_moments(exact.parameters(), operator.family, unit) + whole).numpy()
     stretch, shift = 2 * np.tanh(bias[:features].numpy() / 2), 10 * np.tanh(bias[features : 2 * features].numpy() / 10)
     for b, k in np.ndindex(2, 2):
         axes = np.eye(features) if covariance == "diag" else np.linalg.eigh(after[b, k] + tie_break[b, k])[1]
@@ -264,7 +267,7 @@ def test_a_corrected_component_equals_its_formula(covariance, features, floor):
         np.testing.assert_allclose(spread[b, k], expected, atol=1e-7 * np.abs(expected).max())
         change = axes.T @ (exact.means[b, k] - start.means[b, k]).numpy() / deviations
         moved = exact.means[b, k].numpy() + axes @ (deviations * np.tanh(shift * change))
-        # The axes are those of the covariance plus 1e-6 of the second moments of its neighbours.
+        # The axes are those of the covariance plus 1e-6 of the second moments of its neighbours and all.
         np.testing.assert_allclose(found.means[b, k], moved, atol=1e-7)
 
 
