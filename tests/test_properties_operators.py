@@ -89,7 +89,9 @@ def test_operators_of_any_points(kernel, values):
     if len(counted.flatten()) and not operator.training and components == 1 and weights is None:
         low, high = counted.amin().double(), counted.amax().double()
         assert (mixture.means.double() >= low - 1e-5 * (high - low) - 1e-6 * low.abs()).all()
-    log_prob = operator.log_prob(x.to(wide), mixture, mask)
+    background = operator.background
+    energies = None if background is None else background.energies(x.to(wide), mask)
+    log_prob = operator.log_prob(x.to(wide), mixture, mask, energies)
     assert log_prob.isfinite().all(), log_prob
     objective = operator.objective(x.to(wide), mixture, mask, weights)
     assert objective.isfinite().all()
@@ -97,7 +99,8 @@ def test_operators_of_any_points(kernel, values):
     # Points that do not count may be so far from the fit that their gradients overflow.
     fitted = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
     fitted = fitted if weights is None else fitted & (weights > 0)
-    log_prob = operator.log_prob(x.to(wide), mixture, fitted)
+    energies = None if background is None else background.energies(x.to(wide), fitted)
+    log_prob = operator.log_prob(x.to(wide), mixture, fitted, energies)
     if x.dtype == torch.float16:  # two infinite gradients may have the sum NaN
         assert_slopes(mixture.means.sum(), inputs, x.dtype)
     else:
@@ -121,7 +124,9 @@ def test_fits_of_any_points(values):
         torch.testing.assert_close(last[0].means, first.means)
         plain = operator(x, mask, weights, num_iters=2)
         torch.testing.assert_close(last[-1].means, plain.means)
-        responsibilities = operator.posterior(x, fitted, mask).responsibilities
+        background = operator.background
+        energies = None if background is None else background.energies(x, mask)
+        responsibilities = operator.posterior(x, fitted, mask, energies).responsibilities
         ones = torch.ones_like(x[..., 0])
         torch.testing.assert_close(responsibilities.sum(-1), ones, rtol=1e-4, atol=1e-4)
 
