@@ -11,7 +11,7 @@ import user_models as users
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from em_lightning import ACTIVATIONS, COMPETITIONS, audit
+from em_lightning import ACTIVATIONS, COMPETITIONS, EMOperator, audit
 from em_lightning.scope import curvature
 from em_lightning.surgery import insert_em_operators
 
@@ -576,3 +576,10 @@ def test_names_that_the_forward_lacks_are_named():
         wrong = max(batch)
         with pytest.raises(TypeError, match=rf"^{wrong} must be of the arguments .*{type(model).__name__}.forward"):
             audit(model, batch)
+
+
+@pytest.mark.parametrize("num_points", [1, 20])
+def test_an_operator_with_a_background_is_checked_on_its_own_points(num_points):
+    operator, x = EMOperator(2, 3, background=0.1, residual=False), torch.randn(4, num_points, 3)
+    (finding,) = audit(operator, x)
+    assert finding.em and finding.hypotheses == "components: 3"

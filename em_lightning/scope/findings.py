@@ -184,8 +184,9 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
     if isinstance(module, EMOperator):
         if not isinstance(output, Mixture):
             return None
-        mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
-        energies = module.posterior(inputs[0].detach(), output, mask).energies.detach().double().requires_grad_()
+        x, mask = inputs[0].detach(), inputs[1] if len(inputs) > 1 else kwargs.get("mask")
+        background = None if module.background is None else module.background.energies(x, mask)
+        energies = module.posterior(x, output, mask, background).energies.detach().double().requires_grad_()
         finding = Finding(path, name, "E-step", reason="responsibilities of the components of a mixture")
         return _compared(finding, module.competition(energies), "components", -1)
     competition = module.posterior if isinstance(module, Activation) else module
